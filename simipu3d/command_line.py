@@ -1,0 +1,41 @@
+"""What every tool does round its own work: `--traceback`, one-line errors, exit status, logging.
+
+Exit status: 0 all of it worked, 2 something the user can mend, 130 interrupted; our own bugs keep their traceback.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+from simipu3d.errors import UserError
+
+
+def run(
+    parser: argparse.ArgumentParser, body: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None
+) -> int:
+    """Parse, do the work, and turn what the user can mend into one line.
+
+    Args:
+        parser: the tool's arguments; `--traceback` is added here.
+        body: the tool's work. Raises `UserError` for what the user can mend.
+        argv: command line without the program's name; None takes the process's own.
+
+    Returns:
+        The exit status.
+    """
+    parser.add_argument("--traceback", action="store_true", help="show where an error was raised, not only its line")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("numba").setLevel(logging.WARNING)
+    try:
+        body(args)
+    except UserError as error:
+        if args.traceback:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

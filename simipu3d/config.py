@@ -1,0 +1,250 @@
+"""How does a YAML file become validated settings?
+
+One `safe_load`, `base:` merging, `--set key=value`, then pydantic models that stand beside the classes they configure.
+Every error is one line that names the file or the key and the way out.
+"""
+
+import difflib
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from simipu3d.errors import UserError
+from simipu3d.registry import Registry
+
+PACKAGED_CONFIGS = "simipu3d.configs"
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class PartConfig(BaseModel):
+    """Base of every block's model: strict, frozen, no unknown keys; attribute docstrings are the keys' documentation."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2 floats (`1e-3` is a number), no timestamps, and no key twice in a mapping."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  (PyYAML's own class attribute)
+        first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":float", ":timestamp"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is not a word", key_node.start_mark
+                )
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what the loader would take for a number."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise UserError(f"{source}{where}: not valid YAML: {' '.join(problem.split())}") from error
+
+
+def find_config(path: str | Path) -> Path:
+    """The configuration file: `path` itself, else the one of that name that was installed with the package."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    from importlib.resources import files
+
+    relative = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
+    packaged = Path(str(files(PACKAGED_CONFIGS))) / relative
+    if packaged.is_file():
+        return packaged
+    raise UserError(
+        f"{path}: no such configuration file, neither here nor among the installed ones ({packaged.parent})"
+    )
+
+
+def load_yaml(path: str | Path, _open: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a configuration file and merge it over the files of its `base:` list (paths relative to the file itself)."""
+    path = find_config(path)
+    if path.resolve() in _open:
+        raise UserError(f"{path}: base files include each other in a circle")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    raw = _parse_yaml(text, str(path))
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a configuration is a mapping of keys to values, this is {type(raw).__name__}")
+    bases = raw.pop("base", [])
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"{path}: base must be a list of file names, like base: [kitti.yaml]")
+    merged: dict[str, Any] = {}
+    for base in bases:
+        merged = merge(merged, load_yaml(path.parent / base, (*_open, path.resolve())))
+    return merge(merged, raw)
+
+
+def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """`new` over `old`: later wins, mappings merge, lists replace; a block that gets another `name` loses its old keys."""
+    result = dict(old)
+    for key, value in new.items():
+        before = result.get(key)
+        if isinstance(before, dict) and isinstance(value, dict):
+            renamed = "name" in value and "name" in before and value["name"] != before["name"]
+            result[key] = merge({} if renamed else before, value)
+        else:
+            result[key] = value
+    return result
+
+
+def apply_sets(raw: dict[str, Any], sets: list[str]) -> dict[str, Any]:
+    """Apply `--set key.path=value` pairs: names first, then the rest; values are plain YAML, lists included."""
+    pairs = []
+    for item in sets:
+        key, sign, text = item.partition("=")
+        if not sign or not all(key.split(".")):
+            raise UserError(f"--set {item}: expected key=value, for example --set trainer.max_steps=100")
+        pairs.append((key.split("."), _parse_yaml(text, f"--set {item}")))
+    for keys, value in sorted(pairs, key=lambda pair: pair[0][-1] != "name"):
+        delta: Any = value
+        for position, key in reversed(list(enumerate(keys))):
+            parent: Any = raw
+            for upper in keys[:position]:
+                parent = parent.get(upper) if isinstance(parent, dict) else None
+            if position and parent is not None and not isinstance(parent, dict):
+                raise UserError(f"--set {'.'.join(keys)}: {'.'.join(keys[:position])} is a value, not a block of keys")
+            delta = {key: delta}
+        raw = merge(raw, delta)
+    return raw
+
+
+def _suggest(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+
+
+def _explain(error: ValidationError, prefix: str, model: type[BaseModel]) -> str:
+    """The first problem of a validation, as one line that names the key."""
+    first = error.errors()[0]
+    path = [
+        str(part) for part in first["loc"] if not (isinstance(part, str) and ("[" in part or part == "function-after"))
+    ]
+    name = ".".join([prefix, *path] if prefix else path)
+    if first["type"] == "extra_forbidden":
+        return f"{name}: no such key; {_suggest(path[-1], _keys_at(model, path[:-1]))}"
+    if first["type"] == "missing":
+        return f"{name}: this key is needed and not set"
+    given = f", got {first['input']!r}" if not isinstance(first["input"], dict) else ""
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    return f"{name}: {message}{given}"
+
+
+def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        nested = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+        if not nested:
+            return []
+        model = nested[0]
+    return list(model.model_fields)
+
+
+def parse_block(prefix: str, model: type[Model], block: Any) -> Model:
+    """Validate one block of a configuration.
+
+    Args:
+        prefix: name of the block in the file, for error messages ("contrast").
+        model: the pydantic model that knows its keys.
+        block: what the file holds there; None counts as empty.
+
+    Raises:
+        UserError: one line that names the key.
+    """
+    if block is None:
+        block = {}
+    if not isinstance(block, dict):
+        raise UserError(f"{prefix}: expected a block of keys, got {block!r}")
+    try:
+        return model.model_validate_json(json.dumps(block))
+    except ValidationError as error:
+        raise UserError(_explain(error, prefix, model)) from error
+    except TypeError as error:
+        raise UserError(f"{prefix}: holds a value that is neither number, text, list nor mapping ({error})") from error
+
+
+def parse_part(prefix: str, registry: Registry, block: Any) -> PartConfig:
+    """Validate a block whose `name` chooses the class, against that class's own model."""
+    if not isinstance(block, dict) or not isinstance(block.get("name"), str):
+        raise UserError(f"{prefix}.name: this key chooses the {registry.kind}; there are {', '.join(registry.names())}")
+    try:
+        entry = registry[block["name"]]
+    except UserError as error:
+        raise UserError(f"{prefix}.name: {error}") from error
+    return parse_block(prefix, entry.config, block)
+
+
+def check_top_level(raw: dict[str, Any], known: list[str], source: str) -> None:
+    """Refuse a top-level key that no part reads."""
+    for key in raw:
+        if key not in known:
+            raise UserError(f"{source}: {key}: no such key; {_suggest(key, known)}")
+
+
+def to_plain(config: BaseModel) -> dict[str, Any]:
+    """A model as plain YAML values, every default filled in."""
+    return json.loads(config.model_dump_json())
+
+
+def dump_yaml(raw: dict[str, Any]) -> str:
+    """YAML text that `load_yaml` reads back to the same values."""
+    return yaml.dump(raw, Dumper=_Dumper, sort_keys=False, width=120)
+
+
+def flatten(raw: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one mapping of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in raw.items():
+        name = f"{prefix}{key}"
+        flat.update(flatten(value, f"{name}.") if isinstance(value, dict) and value else {name: value})
+    return flat
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, as key -> (old, new); a missing one counts as None."""
+    flat_old, flat_new = flatten(old), flatten(new)
+    differs = {
+        key: (flat_old.get(key), flat_new.get(key))
+        for key in dict.fromkeys([*flat_old, *flat_new])
+        if flat_old.get(key) != flat_new.get(key)
+    }
+    return {key: pair for key, pair in differs.items() if not all(isinstance(v, float) and math.isnan(v) for v in pair)}

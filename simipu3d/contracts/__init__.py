@@ -1,0 +1,1 @@
+"""What the parts hand to each other: a Frame, a Batch of views, tokens."""

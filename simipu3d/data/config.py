@@ -1,0 +1,131 @@
+"""Which settings does every data set share? The `data:` block and its `augment:` block.
+
+A reader's own model inherits from `DataConfig` and adds its keys. Angles are degrees (`_deg`), lengths metres, image
+edges pixels.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from simipu3d.config import PartConfig
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Strength = Annotated[float, Field(ge=0, le=1)]
+Vector = tuple[float, float, float]
+
+
+def check_range(key: str, low: float, high: float) -> None:
+    """Raise `ValueError` when the range of `key` runs backwards."""
+    if low > high:
+        raise ValueError(f"{key} must be [smallest, largest], got [{low}, {high}]")
+
+
+class ImageAugmentConfig(PartConfig):
+    """The `data.augment.images:` block; every image of a frame gets its own draw, in the order of the keys."""
+
+    resize: Literal["long_short", "factor"] | None = "long_short"
+    """`long_short`: edges drawn from long_edge and short_edge, aspect kept (released code); `factor`: a factor drawn
+    from resize_factor; null: the size stays."""
+    long_edge: tuple[PositiveInt, PositiveInt] = (640, 2400)
+    """With `resize: long_short`: smallest and largest limit of the longer edge, pixels (released code)."""
+    short_edge: tuple[PositiveInt, PositiveInt] = (192, 720)
+    """With `resize: long_short`: smallest and largest limit of the shorter edge, drawn independently (released
+    code)."""
+    resize_factor: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
+    """With `resize: factor`: smallest and largest factor. Default: the size stays."""
+    crop: tuple[PositiveInt, PositiveInt] | None = None
+    """Height and width of a window at a drawn place; an image that is smaller keeps its own size in that direction.
+    Default: none (released code)."""
+    flip_probability: Probability = 0.5
+    """Chance of a left-right mirror (released code)."""
+    colour_probability: Probability = 0.8
+    """Chance that the colours are changed at all, by the four strengths below (SimCLR, arXiv:2002.05709)."""
+    brightness: Strength = 0.0
+    """Brightness is multiplied by a factor from [1 - strength, 1 + strength]. Default: none (released code)."""
+    contrast: Strength = 0.0
+    """The same for contrast."""
+    saturation: Strength = 0.0
+    """The same for saturation."""
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Hue is turned by a fraction of the full circle from [-strength, strength]. Default: none (released code)."""
+    grayscale_probability: Probability = 0.0
+    """Chance of losing all colour. Default: none (released code); MoCo v2 uses 0.2."""
+    pad_multiple: PositiveInt = 32
+    """Images are padded to a multiple of this, pixels: the stride of the last ResNet stage (released code)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ImageAugmentConfig":
+        check_range("long_edge", *self.long_edge)
+        check_range("short_edge", *self.short_edge)
+        check_range("resize_factor", *self.resize_factor)
+        return self
+
+
+class AugmentConfig(PartConfig):
+    """The `data.augment:` block: how two point views and one view of every image are drawn from a frame.
+
+    A point view is rotated, scaled, shifted and mirrored, in this order; its matrix goes with it.
+    """
+
+    num_points: PositiveInt | None = 16384
+    """Points drawn for a view (released code); a frame with fewer gives all it has; null: all."""
+    point_draw: Literal["per_view", "shared"] = "per_view"
+    """`per_view`: each view draws its own points; `shared`: both get the same ones (released code; 30 % of the matched
+    tokens are then the very same point)."""
+    shuffle: bool = True
+    """Each view gets its own order of points (released code); false: the reader's order."""
+    augment_first_view: bool = False
+    """Is the first view moved too? Default: only the second is (released code)."""
+    rotation_deg: tuple[float, float] = (-90.0, 90.0)
+    """Smallest and largest rotation about the vertical, degrees (released code)."""
+    rotation_centre: Vector = (35.2, 0.0, -1.0)
+    """The rotation leaves this point of the lidar frame where it is, metres. Default: the middle of KITTI's usual range
+    (released code)."""
+    scale: tuple[PositiveFloat, PositiveFloat] = (0.75, 1.25)
+    """Smallest and largest scale (released code)."""
+    scale_centre: Vector = (35.2, 0.0, -1.0)
+    """The scaling leaves this point where it is, metres. Default: the rotation's; the released code scales about the
+    origin, [0, 0, 0]."""
+    translation_std: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (0.0, 0.0, 0.0)
+    """Standard deviation of a shift along x, y and z, metres (released code: none)."""
+    flip_probability: Probability = 0.5
+    """Chance of a mirror y -> -y (released code)."""
+    images: ImageAugmentConfig = ImageAugmentConfig()
+    """How images are changed."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "AugmentConfig":
+        check_range("rotation_deg", *self.rotation_deg)
+        check_range("scale", *self.scale)
+        return self
+
+
+class DataConfig(PartConfig):
+    """The keys of the `data:` block that every data set has."""
+
+    name: str
+    """Which reader (`READERS`)."""
+    root: Path | None = None
+    """The data set's top folder; null for data that is made, not read."""
+    split: str = "train"
+    """Which list of frames; the reader says which there are."""
+    cameras: tuple[str, ...] | None = None
+    """Names of the cameras to read; null: all that the reader has."""
+    batch_size: PositiveInt = 4
+    """Frames a process and step (released code: 4); cameras multiply images, not frames."""
+    num_workers: NonNegativeInt = 2
+    """Processes that read ahead; 0 reads in the training process. The results do not depend on it."""
+    on_bad_frame: Literal["raise", "skip"] = "raise"
+    """What to do with a frame that cannot be used: stop, or take the next one and say so."""
+    max_bad_fraction: Probability = 0.01
+    """With `skip`: the run stops when more than max(1, this fraction of the frames) are bad."""
+    freeze_draws: bool = False
+    """Draw a frame's points and transforms once: every epoch repeats the draws of epoch 0."""
+    augment: AugmentConfig = AugmentConfig()
+    """How two point views and one view of every image are drawn from a frame."""
+
+    def max_bad_frames(self, num_frames: int) -> int:
+        """How many of `num_frames` frames may be bad before a run stops."""
+        return max(1, int(self.max_bad_fraction * num_frames))

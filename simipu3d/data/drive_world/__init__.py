@@ -1,0 +1,5 @@
+"""The embedded data set: street scenes that are made from a seed, with exact ground truth."""
+
+from simipu3d.data.drive_world.dataset import DriveWorld, DriveWorldConfig
+
+__all__ = ["DriveWorld", "DriveWorldConfig"]

@@ -1,0 +1,6 @@
+"""Readers of data sets: folders in, Frames out. One file a data set; importing a module files its reader in
+`READERS`."""
+
+from simipu3d.data.readers import kitti
+
+__all__ = ["kitti"]

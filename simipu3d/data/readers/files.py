@@ -1,0 +1,63 @@
+"""How are the files of a data set read, so that a damaged one becomes one clear line?
+
+Every function raises `BadFrameError` that names the file, what was found in it and the way out.
+"""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from simipu3d.errors import BadFrameError
+
+WAY_OUT = "restore the file, take the frame off the split, or set data.on_bad_frame=skip"
+
+
+def read_bytes(path: Path) -> bytes:
+    """The whole file; a missing, unreadable or empty one is a bad frame."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise BadFrameError(f"{path}: no such file; {WAY_OUT}") from None
+    except OSError as error:
+        raise BadFrameError(f"{path}: cannot be read ({error.strerror}); {WAY_OUT}") from error
+    if not content:
+        raise BadFrameError(f"{path}: the file is empty; {WAY_OUT}")
+    return content
+
+
+def read_text(path: Path) -> str:
+    """The whole file as UTF-8 text."""
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError:
+        raise BadFrameError(f"{path}: is not a text file; {WAY_OUT}") from None
+
+
+def read_float_rows(path: Path, num_columns: int) -> NDArray[np.float32]:
+    """(N, num_columns) float32 of a file of little-endian floats, row after row."""
+    content = read_bytes(path)
+    row_bytes = 4 * num_columns
+    if len(content) % row_bytes:
+        raise BadFrameError(
+            f"{path}: {len(content)} bytes are no whole number of points ({row_bytes} bytes each), so the file is cut "
+            f"short or of another kind; {WAY_OUT}"
+        )
+    return np.frombuffer(content, dtype="<f4").astype(np.float32).reshape(-1, num_columns)
+
+
+def read_image(path: Path) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 RGB of any image file that Pillow knows, decoded completely."""
+    if not path.is_file():
+        raise BadFrameError(f"{path}: no such file; {WAY_OUT}")
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except UnidentifiedImageError:
+        raise BadFrameError(f"{path}: is not an image, or its first bytes are damaged; {WAY_OUT}") from None
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise BadFrameError(
+            f"{path}: the image is cut short or damaged ({' '.join(str(error).split())}); {WAY_OUT}"
+        ) from error

@@ -1,0 +1,138 @@
+"""Layers on a `SparseTensor`. One state dict (weights as spconv 2 has them: out, kz, ky, kx, in), whoever computes."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from simipu3d.encoders.sparse.backends import SparseBackend, check_backend, choose_backend
+from simipu3d.encoders.sparse.rulebook import ConvGeometry
+from simipu3d.encoders.sparse.tensor import SparseTensor, Triple
+
+
+class SparseModule(nn.Module):
+    """A layer that takes and gives a `SparseTensor`; any other layer in a `SparseSequential` works on the features."""
+
+
+class SparseConvolution(SparseModule):
+    """What the three kinds of convolution share.
+
+    Args:
+        in_channels, out_channels: widths.
+        geometry: kernel, stride, padding, key.
+        bias: add a learned constant a channel.
+        backend: auto, spconv or torch.
+
+    Raises:
+        UserError: spconv is asked for and not installed.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, geometry: ConvGeometry, bias: bool, backend: SparseBackend):
+        super().__init__()
+        check_backend(backend)
+        self.geometry = geometry
+        self.backend = backend
+        self.weight = nn.Parameter(torch.empty(out_channels, *geometry.kernel_size, in_channels))
+        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform within 1 / sqrt(fan in), the start of torch's and spconv's convolutions."""
+        bound = 1 / math.sqrt(self.weight[0].numel())
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        device = x.features.device
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.weight.dtype
+        convolve = choose_backend(self.backend, device)
+        x = convolve(x.with_features(x.features.to(dtype)), self.weight.to(dtype), self.geometry)
+        # Not by the backend: spconv refuses a bias on a CPU in eval mode.
+        return x if self.bias is None else x.with_features(x.features + self.bias.to(dtype))
+
+    def extra_repr(self) -> str:
+        g = self.geometry
+        channels = f"{self.weight.shape[-1]}, {self.weight.shape[0]}"
+        return f"{channels}, kernel_size={g.kernel_size}, stride={g.stride}, padding={g.padding}, key={g.indice_key}"
+
+
+class SubMConv3d(SparseConvolution):
+    """Submanifold convolution: the sites stay what they are (arXiv:1711.10275). The kernel is odd and centred."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        indice_key: str,
+        *,
+        kernel_size: Triple = (3, 3, 3),
+        bias: bool = False,
+        backend: SparseBackend = "auto",
+    ):
+        z, y, x = kernel_size
+        geometry = ConvGeometry("submanifold", kernel_size, (1, 1, 1), (z // 2, y // 2, x // 2), indice_key)
+        super().__init__(in_channels, out_channels, geometry, bias, backend)
+
+
+class SparseConv3d(SparseConvolution):
+    """Convolution whose output is active wherever its kernel reaches an active site."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        indice_key: str,
+        *,
+        kernel_size: Triple = (3, 3, 3),
+        stride: Triple = (2, 2, 2),
+        padding: Triple = (1, 1, 1),
+        bias: bool = False,
+        backend: SparseBackend = "auto",
+    ):
+        geometry = ConvGeometry("strided", kernel_size, stride, padding, indice_key)
+        super().__init__(in_channels, out_channels, geometry, bias, backend)
+
+
+class SparseInverseConv3d(SparseConvolution):
+    """Transposed convolution back onto the very sites that the `SparseConv3d` with the same key came from."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        indice_key: str,
+        *,
+        kernel_size: Triple = (3, 3, 3),
+        bias: bool = False,
+        backend: SparseBackend = "auto",
+    ):
+        geometry = ConvGeometry("inverse", kernel_size, (1, 1, 1), (0, 0, 0), indice_key)
+        super().__init__(in_channels, out_channels, geometry, bias, backend)
+
+
+class SparseSequential(nn.Sequential, SparseModule):
+    """Layers in a row; those that are not sparse (BatchNorm, ReLU, Linear) work on the features."""
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        for layer in self:
+            x = layer(x) if isinstance(layer, SparseModule) else x.with_features(layer(x.features))
+        return x
+
+
+class SiteBatchNorm(nn.BatchNorm1d):
+    """BatchNorm over the active sites of the batch; the defaults are those of OpenPCDet's sparse backbones.
+
+    A nearly empty scene may leave one site or none in a deep level, which has no variance: BatchNorm would raise, or
+    fill its running statistics with NaN. With fewer than two sites the running statistics are used and left alone.
+    """
+
+    def __init__(self, num_features: int, *, eps: float = 1e-3, momentum: float = 0.01):
+        super().__init__(num_features, eps=eps, momentum=momentum)
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.training and len(features) < 2:
+            mean, variance = self.running_mean, self.running_var
+            return F.batch_norm(features, mean, variance, self.weight, self.bias, training=False, eps=self.eps)
+        return super().forward(features)

@@ -1,0 +1,258 @@
+"""Which optimizer moves which branch, and how do learning rates change?
+
+The branches (points, image, heads) may have different optimizers. They are one `torch.optim.Optimizer` to Lightning, so
+that steps, clipping, accumulation, mixed precision and schedulers keep their meaning.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any
+
+import torch
+import torch.nn as nn
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR, LinearLR, OneCycleLR, SequentialLR
+
+from simipu3d.config import PartConfig, parse_part
+from simipu3d.errors import UserError
+from simipu3d.registry import OPTIMIZERS, SCHEDULES
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class AdamWConfig(PartConfig):
+    """AdamW (arXiv:1711.05101)."""
+
+    name: str = "adamw"
+    """Which optimizer."""
+    lr: PositiveFloat = 1e-3
+    """Learning rate before the schedule (SimIPU's point encoder)."""
+    betas: tuple[Beta, Beta] = (0.95, 0.99)
+    """Decay of the running means (SimIPU's point encoder)."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay (SimIPU's point encoder)."""
+    decay_norm_and_bias: bool = False
+    """Decay BatchNorm parameters and biases too (the released code does)."""
+
+
+class SGDConfig(PartConfig):
+    """Stochastic gradient descent with momentum."""
+
+    name: str = "sgd"
+    """Which optimizer."""
+    lr: PositiveFloat = 0.03
+    """Learning rate before the schedule (SimIPU's image encoder and heads; MoCo, arXiv:1911.05722)."""
+    momentum: Beta = 0.9
+    """Momentum (SimIPU)."""
+    weight_decay: NonNegativeFloat = 1e-4
+    """L2 decay (SimIPU)."""
+    decay_norm_and_bias: bool = False
+    """Decay BatchNorm parameters and biases too (the released code does)."""
+
+
+@OPTIMIZERS.register("adamw", config=AdamWConfig)
+def adamw(groups: list[dict], config: AdamWConfig) -> Optimizer:
+    """torch's AdamW over groups that carry their own weight decay."""
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+
+
+@OPTIMIZERS.register("sgd", config=SGDConfig)
+def sgd(groups: list[dict], config: SGDConfig) -> Optimizer:
+    """torch's SGD over groups that carry their own weight decay."""
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+
+
+class OptimConfig(PartConfig):
+    """The `optim:` block: one optimizer a branch."""
+
+    points: SerializeAsAny[PartConfig] = AdamWConfig()
+    """The point encoder's."""
+    image: SerializeAsAny[PartConfig] = SGDConfig()
+    """The image encoder's."""
+    heads: SerializeAsAny[PartConfig] = SGDConfig()
+    """The projection heads'."""
+
+
+def parse_optim(block: Any) -> OptimConfig:
+    """The `optim:` block; a branch, or the `name` of one, that is left out keeps its default."""
+    if block is not None and not isinstance(block, dict):
+        raise UserError(f"optim: expected a block of keys, got {block!r}")
+    for branch in block or {}:
+        if branch not in OptimConfig.model_fields:
+            raise UserError(f"optim.{branch}: no such key; there are {', '.join(OptimConfig.model_fields)}")
+    parts = {}
+    for branch, own in (block or {}).items():
+        if isinstance(own, dict):
+            own = {"name": OptimConfig.model_fields[branch].default.name, **own}
+        parts[branch] = parse_part(f"optim.{branch}", OPTIMIZERS, own)
+    return OptimConfig(**parts)
+
+
+class CompositeOptimizer(Optimizer):
+    """Several optimizers that step together and look like one.
+
+    Their parameter groups and their state are this optimizer's own, so that learning-rate schedulers, gradient scalers and
+    checkpoints reach them.
+
+    Args:
+        optimizers: over disjoint parameters.
+    """
+
+    def __init__(self, optimizers: list[Optimizer]):
+        self.optimizers = optimizers
+        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        first = 0
+        for optimizer in self.optimizers:
+            last = first + len(optimizer.param_groups)
+            optimizer.param_groups = self.param_groups[first:last]
+            optimizer.state = self.state
+            first = last
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
+        """Evaluate the closure once, then let every optimizer step."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore all optimizers from what `state_dict()` gave."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+
+def _groups(modules: Iterable[nn.Module], config: PartConfig) -> list[dict]:
+    """Trainable parameters in up to two groups: with the configured weight decay, and without any."""
+    named = [pair for module in modules for pair in module.named_parameters() if pair[1].requires_grad]
+    # Norm weights and biases are the parameters with a single axis.
+    exempt = [p for _, p in named if p.ndim <= 1 and not config.decay_norm_and_bias]
+    exempt_ids = {id(parameter) for parameter in exempt}
+    decayed = [parameter for _, parameter in named if id(parameter) not in exempt_ids]
+    groups = [(decayed, config.weight_decay), (exempt, 0.0)]
+    return [{"params": params, "weight_decay": decay, "lr": config.lr} for params, decay in groups if params]
+
+
+def build_optimizer(branches: dict[str, nn.Module], config: OptimConfig) -> CompositeOptimizer:
+    """One optimizer for all branches; parameters that do not require a gradient are not handed over.
+
+    Args:
+        branches: modules by the name of their block in `optim:`.
+        config: the validated block.
+    """
+    optimizers = []
+    for branch, module in branches.items():
+        own = getattr(config, branch)
+        groups = _groups([module], own)
+        for group in groups:
+            group["branch"] = branch
+        if groups:
+            optimizers.append(OPTIMIZERS[own.name].target(groups, own))
+    return CompositeOptimizer(optimizers)
+
+
+class ConstantConfig(PartConfig):
+    """The learning rates stay, after a linear warm-up."""
+
+    name: str = "constant"
+    """Which schedule."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps over which the learning rates rise from a hundredth. Default: none (SimIPU)."""
+
+
+class ExponentialConfig(PartConfig):
+    """lr = lr0 * gamma^epoch."""
+
+    name: str = "exponential"
+    """Which schedule."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.99
+    """Factor an epoch (SimIPU's released code)."""
+
+
+class CosineConfig(PartConfig):
+    """Half a cosine from the learning rate to zero over all steps, after a linear warm-up (arXiv:1608.03983)."""
+
+    name: str = "cosine"
+    """Which schedule."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps over which the learning rates rise from a hundredth. Default: none."""
+
+
+class OneCycleConfig(PartConfig):
+    """Up to the learning rate and down again (arXiv:1708.07120)."""
+
+    name: str = "onecycle"
+    """Which schedule."""
+    rise: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    """Share of the steps that rise (OpenPCDet's PCT_START)."""
+    start_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """First learning rate as a share of the highest (OpenPCDet's DIV_FACTOR 10)."""
+
+
+class StepsConfig(PartConfig):
+    """The learning rates are multiplied by `gamma` at every milestone."""
+
+    name: str = "milestones"
+    """Which schedule."""
+    milestones: tuple[PositiveInt, ...]
+    """Epochs, ascending."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Factor at each (mmdetection's default)."""
+
+
+def _warmed_up(optimizer: Optimizer, steps: int, after: Any) -> Any:
+    if steps == 0:
+        return after
+    return SequentialLR(optimizer, [LinearLR(optimizer, 0.01, total_iters=steps), after], milestones=[steps])
+
+
+@SCHEDULES.register("constant", config=ConstantConfig)
+def constant(optimizer: Optimizer, config: ConstantConfig, num_steps: int) -> tuple[Any, str]:
+    """A scheduler and how often Lightning moves it ("step" or "epoch")."""
+    return _warmed_up(optimizer, config.warmup_steps, LambdaLR(optimizer, _one)), "step"
+
+
+def _one(_: int) -> float:
+    return 1.0
+
+
+@SCHEDULES.register("exponential", config=ExponentialConfig)
+def exponential(optimizer: Optimizer, config: ExponentialConfig, num_steps: int) -> tuple[Any, str]:
+    """Moved once an epoch."""
+    return ExponentialLR(optimizer, config.gamma), "epoch"
+
+
+@SCHEDULES.register("cosine", config=CosineConfig)
+def cosine(optimizer: Optimizer, config: CosineConfig, num_steps: int) -> tuple[Any, str]:
+    """Moved every step; reaches zero with the last one."""
+    if config.warmup_steps >= num_steps:
+        raise UserError(f"schedule.warmup_steps: {config.warmup_steps} is not below the {num_steps} steps of the run")
+    after = CosineAnnealingLR(optimizer, T_max=num_steps - config.warmup_steps)
+    return _warmed_up(optimizer, config.warmup_steps, after), "step"
+
+
+@SCHEDULES.register("onecycle", config=OneCycleConfig)
+def onecycle(optimizer: Optimizer, config: OneCycleConfig, num_steps: int) -> tuple[Any, str]:
+    """Moved every step. Momentum stays."""
+    highest = [group["lr"] for group in optimizer.param_groups]
+    # OneCycleLR wants one step more than it is moved, or its last move raises.
+    return OneCycleLR(
+        optimizer,
+        max_lr=highest,
+        total_steps=num_steps + 1,
+        pct_start=config.rise,
+        div_factor=1 / config.start_factor,
+        cycle_momentum=False,
+    ), "step"
+
+
+@SCHEDULES.register("milestones", config=StepsConfig)
+def milestones(optimizer: Optimizer, config: StepsConfig, num_steps: int) -> tuple[Any, str]:
+    """Moved once an epoch."""
+    return torch.optim.lr_scheduler.MultiStepLR(optimizer, list(config.milestones), config.gamma), "epoch"

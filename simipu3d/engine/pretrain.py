@@ -1,0 +1,254 @@
+"""How does a configuration become a pre-training run?
+
+The way: `tools/pretrain.py` -> here -> `methods/simipu.py` -> `contrast/info_nce.py`.
+"""
+
+import logging
+import os
+import random
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
+
+import simipu3d
+from simipu3d.contracts.batch import Batch
+from simipu3d.contracts.frame import FrameReader
+from simipu3d.data.module import BadFrameLimit, build_reader, make_loader
+from simipu3d.engine.callbacks import Checkpoints, FiniteLoss, Metrics, Pictures
+from simipu3d.engine.optim import build_optimizer
+from simipu3d.engine.run import AtomicCheckpointIO, RunDirectory, default_out, git_commit, read_checkpoint
+from simipu3d.engine.settings import PretrainConfig, TrainerConfig, load_pretrain_config
+from simipu3d.errors import UserError
+from simipu3d.registry import METHODS, SCHEDULES
+
+log = logging.getLogger(__name__)
+
+OUT_VARIABLE = "SIMIPU3D_RUN_OUT"
+"""Tells the processes that Lightning starts for DDP which folder the first one chose."""
+
+
+class PretrainModule(pl.LightningModule):
+    """A method inside Lightning: steps, optimizers, seeds, and what a checkpoint remembers.
+
+    Args:
+        config: of the run.
+        method: the module to train.
+        reader: the data set.
+        limit: counts bad frames.
+    """
+
+    def __init__(self, config: PretrainConfig, method: torch.nn.Module, reader: FrameReader, limit: BadFrameLimit):
+        super().__init__()
+        self.config = config
+        self.method = method
+        self.reader = reader
+        self.bad_frames = limit
+        self.start = (0, 0)
+
+    def configure_model(self) -> None:
+        self.method.sync_norms(self.trainer.strategy.root_device.type)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch.to(device)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        self.bad_frames.add(batch.bad_frames)
+        seed_step(self.config.seed, self.global_step, self.global_rank)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        metrics = self.method(batch)
+        for name in ("intra_loss", "inter_loss"):
+            if name in metrics:
+                self.log(name, metrics[name].detach(), prog_bar=True, logger=False, batch_size=batch.num_frames)
+        return {"loss": metrics["loss"], "metrics": metrics}
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = build_optimizer(self.method.branches(), self.config.optim)
+        num_steps = int(self.trainer.estimated_stepping_batches)
+        entry = SCHEDULES[self.config.schedule.name]
+        scheduler, interval = entry.target(optimizer, self.config.schedule, num_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
+
+    def train_dataloader(self) -> torch.utils.data.DataLoader:
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        loader = make_loader(self.config.data, self.config.seed, rank, world_size, self.reader)
+        loader.batch_sampler.start(*self.start)
+        return loader
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        epoch = self.trainer.current_epoch
+        if batches >= self.trainer.num_training_batches:
+            epoch, batches = epoch + 1, 0
+        checkpoint["simipu3d"] = {
+            "version": simipu3d.__version__,
+            "git_commit": git_commit(),
+            "method": self.config.method,
+            "config": self.config.to_plain(),
+            "epoch": self.trainer.current_epoch,
+            "global_step": self.global_step,
+            "position": [epoch, batches],
+            "bad_frames": self.bad_frames.state_dict(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own = checkpoint["simipu3d"]
+        self.start = (own["position"][0], own["position"][1])
+        self.bad_frames.load_state_dict(own["bad_frames"])
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make every draw of a step a function of (seed, step) and the process; nothing before it matters."""
+    state = np.random.SeedSequence([seed, step, rank]).generate_state(3)
+    torch.manual_seed(int(state[0]))
+    random.seed(int(state[1]))
+    np.random.seed(int(state[2]))  # noqa: NPY002  (third parties may draw from numpy's global state)
+
+
+def build_method(config: PretrainConfig, point_columns: tuple[str, ...]) -> torch.nn.Module:
+    """The method with weights drawn from the configuration's seed."""
+    torch.manual_seed(config.seed)
+    return METHODS[config.method].target(config.blocks, point_columns=point_columns)
+
+
+def load_weights(method: torch.nn.Module, path: Path) -> None:
+    """Start from another run's weights (`--init`); every tensor that is not used, and every one left as drawn, is named.
+
+    Raises:
+        UserError: nothing matched.
+    """
+    prefix = "method."
+    state = {k.removeprefix(prefix): v for k, v in read_checkpoint(path)["state_dict"].items() if k.startswith(prefix)}
+    own = method.state_dict()
+    used = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
+    if not used:
+        raise UserError(f"{path}: none of its {len(state)} tensors fits this configuration's {len(own)}")
+    method.load_state_dict(used, strict=False)
+    log.info("--init %s: %d tensors used", path, len(used))
+    for what, names in (("not used", state.keys() - used.keys()), ("left as drawn", own.keys() - used.keys())):
+        if names:
+            log.info("--init %s: %d tensors %s: %s", path, len(names), what, ", ".join(sorted(names)))
+
+
+def _check_devices(config: TrainerConfig) -> None:
+    wants_gpu = config.accelerator in ("gpu", "cuda")
+    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wants_gpu and not present:
+        raise UserError(
+            f"trainer.accelerator: {config.accelerator} was asked for and torch {torch.__version__} sees no GPU; "
+            "use trainer.accelerator=auto, or install a CUDA build of torch"
+        )
+    if wants_gpu and config.devices != "auto" and config.devices > present:
+        raise UserError(f"trainer.devices: {config.devices} GPUs were asked for, there are {present}")
+
+
+def _quiet_lightning() -> None:
+    """Lightning's advertisements and its warnings about what this package does in its own way stay unsaid."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (
+        ".*your dataloader is not resumable.*",  # the sampler's position is in the checkpoint
+        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+        ".*does not have many workers.*",
+        ".*is smaller than the logging interval.*",
+        ".*exists and is not empty.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def build_trainer(config: PretrainConfig, run: RunDirectory) -> pl.Trainer:
+    """Lightning's Trainer for a run."""
+    own = config.trainer
+    callbacks: list[pl.Callback] = [
+        FiniteLoss(),
+        Metrics(run, resumed=run.checkpoint is not None),
+        Pictures(run, every_steps=config.run.pictures_every_steps),
+        Checkpoints(run, every_steps=config.run.checkpoint_every_steps, keep_every_epochs=config.run.keep_every_epochs),
+    ]
+    if sys.stderr.isatty():
+        callbacks.append(RichProgressBar())
+    resumed = run.checkpoint is not None
+    first_step = read_checkpoint(run.checkpoint)["simipu3d"]["global_step"] + 1 if resumed else None
+    many = own.devices != 1 or own.num_nodes != 1
+    return pl.Trainer(
+        max_steps=own.max_steps,
+        max_epochs=own.max_epochs,
+        accelerator=own.accelerator,
+        devices=own.devices,
+        num_nodes=own.num_nodes,
+        strategy=DDPStrategy(find_unused_parameters=False) if many else "auto",
+        precision=own.precision,
+        accumulate_grad_batches=own.accumulate_grad_batches,
+        gradient_clip_val=own.gradient_clip_val,
+        limit_train_batches=own.limit_train_batches,
+        log_every_n_steps=own.log_every_n_steps,
+        deterministic=own.deterministic,
+        logger=TensorBoardLogger(
+            run.path, name="tensorboard", version="", default_hp_metric=False, purge_step=first_step
+        ),
+        plugins=[AtomicCheckpointIO()],
+        callbacks=callbacks,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        enable_progress_bar=sys.stderr.isatty(),
+        default_root_dir=run.path,
+    )
+
+
+def pretrain(
+    cfg: str | Path,
+    sets: list[str] | None = None,
+    *,
+    out: Path | None = None,
+    resume: str | None = None,
+    init: Path | None = None,
+) -> Path:
+    """Pre-train as a configuration file says.
+
+    Args:
+        cfg: the configuration file.
+        sets: `key=value` pairs over it.
+        out: the run's folder; None: runs/<configuration>-<time>.
+        resume: None for a fresh run; "" for the last checkpoint of `out`, if there is one; else a checkpoint's path.
+        init: a checkpoint whose weights a fresh run starts from.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        UserError: what the user can mend, in one line.
+    """
+    if resume is not None and init is not None:
+        raise UserError("--init: a resumed run has its weights already; leave out --init or --resume")
+    _quiet_lightning()
+    config = load_pretrain_config(cfg, sets)
+    _check_devices(config.trainer)
+    if resume == "" and out is None:
+        raise UserError("--resume: say which run with --out DIR, or which checkpoint with --resume FILE")
+    if resume and out is None:
+        out = Path(resume).resolve().parent.parent
+    out = Path(os.environ.get(OUT_VARIABLE) or out or default_out(cfg))
+    first_process = pl.utilities.rank_zero_only.rank in (0, None)
+    run = RunDirectory(out, config.to_plain(), resume if first_process else resume or "")
+    reader = build_reader(config.data)
+    method = build_method(config, reader.point_columns)
+    if init is not None:
+        load_weights(method, init)
+    if first_process:
+        reader.prepare()
+        run.create(config.to_plain())
+        os.environ[OUT_VARIABLE] = str(out)
+    module = PretrainModule(config, method, reader, BadFrameLimit(config.data, len(reader)))
+    try:
+        build_trainer(config, run).fit(module, ckpt_path=run.checkpoint, weights_only=True)
+    finally:
+        if first_process:
+            os.environ.pop(OUT_VARIABLE, None)
+    return out

@@ -1,0 +1,114 @@
+"""Which settings does a pre-training run have? The blocks of the engine, and the whole configuration put together."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+import simipu3d.data
+import simipu3d.encoders
+import simipu3d.methods  # noqa: F401  (the three fill the registries)
+from simipu3d.config import PartConfig, apply_sets, check_top_level, load_yaml, parse_block, parse_part, to_plain
+from simipu3d.engine.optim import OptimConfig, parse_optim
+from simipu3d.errors import UserError
+from simipu3d.registry import METHODS, READERS, SCHEDULES
+
+
+class TrainerConfig(PartConfig):
+    """The `trainer:` block: arguments of Lightning's Trainer under their own names and with its defaults, but for these:
+    a run needs `max_steps` or `max_epochs`."""
+
+    max_steps: int = -1
+    """Optimizer steps; -1: as many as max_epochs gives."""
+    max_epochs: PositiveInt | None = None
+    """Passes over the data."""
+    accelerator: Literal["auto", "cpu", "gpu", "cuda"] = "auto"
+    """Where to compute."""
+    devices: PositiveInt | Literal["auto"] = 1
+    """Processes on this machine; on CPU more than one means DDP over gloo."""
+    num_nodes: PositiveInt = 1
+    """Machines."""
+    precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
+    """Mixed precision computes the encoders in half; losses and geometry stay in float32 or float64."""
+    accumulate_grad_batches: PositiveInt = 1
+    """Batches a step."""
+    gradient_clip_val: PositiveFloat | None = None
+    """Largest norm of all gradients together; null: none (SimIPU)."""
+    limit_train_batches: PositiveInt | None = None
+    """Batches an epoch, at most."""
+    log_every_n_steps: PositiveInt = 10
+    """Steps from one row of metrics.csv to the next."""
+    deterministic: bool = False
+    """Refuse operations whose result may differ from run to run (on CPU there are none in this package)."""
+
+
+class RunConfig(PartConfig):
+    """The `run:` block: what a run leaves on disk, and when."""
+
+    checkpoint_every_steps: PositiveInt = 200
+    """Steps from one checkpoints/last.ckpt to the next; the last step always writes one."""
+    keep_every_epochs: PositiveInt | None = 10
+    """Every so many epochs a checkpoint is kept under its own name; null: none."""
+    pictures_every_steps: NonNegativeInt = 500
+    """Steps from one set of pictures to the next; 0: none."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A validated configuration."""
+
+    method: str
+    blocks: PartConfig
+    data: PartConfig
+    optim: OptimConfig
+    schedule: PartConfig
+    trainer: TrainerConfig
+    run: RunConfig
+    seed: int
+
+    def to_plain(self) -> dict[str, Any]:
+        """The resolved configuration: what `load_pretrain_config` would read to the same settings."""
+        own = {name: to_plain(getattr(self, name)) for name in ("data", "optim", "schedule", "trainer", "run")}
+        return {"method": self.method, **to_plain(self.blocks), **own, "seed": self.seed}
+
+
+class _Seed(PartConfig):
+    seed: int = Field(default=0, ge=0, lt=2**31)
+
+
+def parse_pretrain(raw: dict[str, Any], source: str) -> PretrainConfig:
+    """Validate a merged configuration.
+
+    Args:
+        raw: plain values.
+        source: the file's name, for error messages.
+
+    Raises:
+        UserError: one line that names the key.
+    """
+    name = raw.get("method")
+    if not isinstance(name, str):
+        raise UserError(f"{source}: method: this key chooses what to train; there are {', '.join(METHODS.names())}")
+    entry = METHODS[name]
+    own = ("data", "optim", "schedule", "trainer", "run", "seed")
+    check_top_level(raw, ["method", *entry.target.BLOCKS, *own], source)
+    schedule = raw.get("schedule") or {"name": "constant"}
+    config = PretrainConfig(
+        method=name,
+        blocks=entry.target.parse_blocks({block: raw.get(block) for block in entry.target.BLOCKS}),
+        data=parse_part("data", READERS, raw.get("data")),
+        optim=parse_optim(raw.get("optim")),
+        schedule=parse_part("schedule", SCHEDULES, schedule),
+        trainer=parse_block("trainer", TrainerConfig, raw.get("trainer")),
+        run=parse_block("run", RunConfig, raw.get("run")),
+        seed=parse_block("", _Seed, {"seed": raw.get("seed", 0)}).seed,
+    )
+    if config.trainer.max_steps < 1 and config.trainer.max_epochs is None:
+        raise UserError(f"{source}: trainer.max_steps: set it, or trainer.max_epochs, so that the run ends")
+    return config
+
+
+def load_pretrain_config(path: str | Path, sets: list[str] | None = None) -> PretrainConfig:
+    """Read, merge and validate a configuration file."""
+    return parse_pretrain(apply_sets(load_yaml(path), sets or []), str(path))

@@ -1,0 +1,2 @@
+"""Pre-trained branches as files that other projects load: converted, written, read back and compared before they
+count."""

@@ -1,0 +1,83 @@
+"""What does the checkpoint of a pre-training run hold?"""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from simipu3d.config import parse_block
+from simipu3d.encoders.image import ImageEncoder, ImageEncoderConfig
+from simipu3d.encoders.image_weights import some_names
+from simipu3d.engine.run import read_checkpoint
+from simipu3d.errors import UserError
+
+IMAGE_PREFIX = "method.image_encoder."
+
+
+def load_run_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and origin of a pre-training run.
+
+    Args:
+        path: a checkpoint below a run's `checkpoints/`.
+
+    Returns:
+        state: the run's state dict.
+        run: what the run wrote about itself: `config` (resolved), `version`, `git_commit`, `epoch`, `global_step`,
+            `method`.
+
+    Raises:
+        UserError: it is missing, damaged, or no checkpoint of this project.
+    """
+    content = read_checkpoint(path)
+    state, run = content["state_dict"], content["simipu3d"]
+    if not isinstance(state, dict) or not isinstance(run, dict) or not isinstance(run.get("config"), dict):
+        raise UserError(f"{path}: a checkpoint without weights or without its configuration; use another of the run")
+    return state, run
+
+
+def rebuild_image_encoder(path: Path, state: dict[str, Tensor], run: dict[str, Any]) -> ImageEncoder:
+    """The run's own image encoder with its trained weights, in eval mode.
+
+    Args:
+        path: the checkpoint, for errors.
+        state: the run's state dict.
+        run: what the run wrote about itself.
+
+    Raises:
+        UserError: the run has no image branch, or its weights and its configuration do not belong together.
+    """
+    own = {name.removeprefix(IMAGE_PREFIX): value for name, value in state.items() if name.startswith(IMAGE_PREFIX)}
+    block, matching = run["config"].get("image_encoder"), run["config"].get("matching")
+    if not own or not isinstance(block, dict):
+        method = run.get("method", "unknown")
+        raise UserError(f"{path}: this run (method {method}) has no image branch; export a run that has one")
+    config = parse_block("image_encoder", ImageEncoderConfig, {**block, "pretrained": None})
+    encoder = ImageEncoder(config, map=matching.get("map", -1) if isinstance(matching, dict) else -1)
+    expected = encoder.state_dict()
+    missing = [name for name in expected if name not in own]
+    surplus = [name for name in own if name not in expected]
+    if missing or surplus:
+        raise UserError(
+            f"{path}: its image branch is not the one of its configuration; missing: {some_names(missing)}; "
+            f"surplus: {some_names(surplus)}; the file may be damaged or from another version"
+        )
+    wrong = [name for name, value in expected.items() if own[name].shape != value.shape]
+    if wrong:
+        raise UserError(f"{path}: shapes differ from its configuration's: {some_names(wrong)}")
+    bad = [name for name, value in own.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise UserError(
+            f"{path}: {some_names(bad)} hold NaN or infinite values: the run diverged; take an earlier checkpoint"
+        )
+    encoder.load_state_dict(own)
+    return encoder.eval()
+
+
+def without_dilation(encoder: ImageEncoder) -> ImageEncoder:
+    """The same weights and levels at the architecture's own strides, without neck: what a plain target computes."""
+    if encoder.config.output_stride == 32 and encoder.neck is None:
+        return encoder
+    config = encoder.config.model_copy(update={"output_stride": 32, "neck": None, "frozen_stages": 0})
+    plain = ImageEncoder(config, map=encoder.level_indices[-1] - encoder.num_levels)
+    plain.trunk.load_state_dict(encoder.trunk.state_dict())
+    return plain.eval()

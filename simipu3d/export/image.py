@@ -1,0 +1,270 @@
+"""How does a pre-trained image backbone become a file that another project loads?
+
+Convert on a copy, write under a temporary name, read back from disk, load into the target's own network, compare
+features, and only then give the file its name. If any of it fails nothing is left behind.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simipu3d.compat import import_timm, import_torchvision
+from simipu3d.encoders.image import ImageEncoder, build_trunk
+from simipu3d.encoders.image_weights import some_names
+from simipu3d.errors import UserError
+from simipu3d.export import convert, verify
+from simipu3d.export.checkpoint import load_run_checkpoint, rebuild_image_encoder, without_dilation
+from simipu3d.export.metadata import describe_image_export, tensor_hash
+from simipu3d.export.targets import (
+    DEEPLAB_NAMES,
+    TARGETS,
+    TORCHVISION_NAMES,
+    ImageTarget,
+    Job,
+    is_deeplab_place,
+    timm_extra_args,
+)
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written: the path, its metadata, and the lines for the target's configuration."""
+
+    path: Path
+    sidecar: Path
+    meta: dict[str, Any]
+    usage: list[str]
+
+    def summary(self) -> str:
+        """What a user has to know, one fact a line."""
+        meta, verification = self.meta, self.meta["verification"]
+        note = f" ({meta['untrained_in_file']})"
+        lines = [
+            f"{meta['target']} {meta['kind']}: {self.path} (metadata: {self.sidecar})",
+            f"tensors: {meta['tensors']}, names {meta['names']}",
+            "input: {order} in {range}, mean {mean}, std {std}".format(**meta["input"]),
+            f"folded: {'; '.join(meta['conversions']) or 'nothing to fold'}",
+            f"left out: {some_names(meta['dropped'])}",
+            f"untrained: {some_names(meta['untrained'])}{note if meta['untrained'] else ''}",
+            f"largest relative difference of features {verification['largest_relative_difference']:.1e} at strides "
+            f"{', '.join(map(str, verification['strides']))} (allowed {verification['tolerance']:g})",
+        ]
+        trained = meta["architecture"]["output_stride_trained"]
+        if trained != 32:
+            lines.append(f"trained with output_stride {trained}; {verification['dilation']}")
+        return "\n".join([*lines, "use it with:", *(f"  {line}" for line in self.usage)])
+
+
+def export_image(
+    ckpt: Path,
+    target: str,
+    out: Path,
+    *,
+    prefix: str | None = None,
+    input: str = "imagenet_rgb",
+    overwrite: bool = False,
+) -> ExportReport:
+    """Write the image backbone of a pre-training run for another project, proven to load there.
+
+    Args:
+        ckpt: a checkpoint of the run.
+        target: a key of `TARGETS`.
+        out: the file to write, for timm the folder.
+        prefix: what goes before the names (mmdet3d, openpcdet); None takes the target's default.
+        input: normalisation that the file shall expect.
+        overwrite: replace what is at `out`.
+
+    Raises:
+        UserError: an option does not fit the target, the checkpoint cannot be used, `out` exists or cannot be written.
+        ExportError: the written file failed its check; nothing is left at `out`.
+    """
+    if target not in TARGETS:
+        raise UserError(f"--to {target}: no such target; there are {', '.join(TARGETS)}")
+    kind = TARGETS[target]
+    prefix = kind.default_prefix if prefix is None else prefix
+    kind.check_prefix(prefix)
+    if input not in kind.inputs:
+        raise UserError(f"--input {input}: {target} takes {', '.join(kind.inputs)}")
+    _check_out(out, kind, target, overwrite)
+
+    state, run = load_run_checkpoint(ckpt)
+    encoder = rebuild_image_encoder(ckpt, state, run)
+    meta = describe_image_export(ckpt, run, encoder, input, [n for n in encoder.state_dict() if n.startswith("neck.")])
+    meta["dropped"] += sorted({name.partition(".")[0] + ".*" for name in _outside_image(state)})
+    if target != "timm":
+        encoder = _plain_resnet(encoder, target, prefix)
+    job = Job(out, prefix, encoder, input)
+    tensors = _convert(job, target, meta)
+    meta |= {
+        "target": target,
+        "kind": "folder"
+        if not kind.suffixes
+        else ("whole detector" if target == "openpcdet" and prefix else "weights"),
+        "target_version_checked": kind.checked_with,
+        "names": _name_pattern(target, prefix),
+        "weight_layout": "out, in, ky, kx",
+        "tensors": len(tensors),
+        "tensors_sha256": tensor_hash(tensors),
+    }
+    check = _check_timm if target == "timm" else _check_resnet
+    sidecar = _write_checked(job, kind, tensors, meta, lambda path: check(path, kind, job), overwrite)
+    return ExportReport(out, sidecar, meta, kind.usage(job))
+
+
+def _outside_image(state: dict[str, Tensor]) -> list[str]:
+    own = [name.removeprefix("method.") for name in state]
+    return [name for name in own if not name.startswith("image_encoder.")]
+
+
+def _name_pattern(target: str, prefix: str) -> str:
+    return f"{prefix or ('backbone.' if target == 'openpcdet' else '')}*"
+
+
+def _check_out(out: Path, kind: ImageTarget, target: str, overwrite: bool) -> None:
+    """Refuse an output that would be lost, or that the target would not read."""
+    if kind.suffixes and out.suffix not in kind.suffixes:
+        raise UserError(f"--out {out}: {target} reads {' or '.join(kind.suffixes)} files; give the file such a name")
+    if not kind.suffixes and out.suffix in (".pth", ".pt", ".safetensors"):
+        raise UserError(f"--out {out}: {target} gets a folder, not a file; give a name without {out.suffix}")
+    if not out.exists():
+        return
+    if not overwrite:
+        raise UserError(f"--out {out}: exists already; choose another name, or replace it with --overwrite")
+    if kind.suffixes and out.is_dir():
+        raise UserError(f"--out {out}: is a folder; {target} gets a file")
+    if not kind.suffixes and not (out / "metadata.json").is_file():
+        raise UserError(f"--out {out}: is no earlier export, so --overwrite does not replace it; choose another name")
+
+
+def _plain_resnet(encoder: ImageEncoder, target: str, prefix: str) -> ImageEncoder:
+    """The encoder at its own strides, if it is a ResNet that torchvision has too."""
+    name = encoder.config.name
+    known = DEEPLAB_NAMES if target == "openpcdet" and prefix != "image_backbone." else TORCHVISION_NAMES
+    if name not in known:
+        raise UserError(f"--to {target}: takes {', '.join(known)}; this run has {name}; export it with --to timm")
+    with torch.device("meta"):
+        wanted = getattr(import_torchvision().models, name)(weights=None).state_dict()
+    own = encoder.trunk.state_dict()
+    differs = [n for n, value in own.items() if n not in wanted or wanted[n].shape != value.shape]
+    lost = [n for n in wanted if n not in own and n not in encoder.untrained and not n.startswith("fc.")]
+    if differs or lost:
+        raise UserError(
+            f"--to {target}: this {name} with model_args {dict(encoder.config.model_args)} is not the standard one "
+            f"({some_names(differs + lost)}); export it with --to timm"
+        )
+    return without_dilation(encoder)
+
+
+def _convert(job: Job, target: str, meta: dict[str, Any]) -> dict[str, Tensor]:
+    """The trunk's tensors as the target wants them, in plain names; what was done goes into `meta`."""
+    encoder, config = job.encoder, job.encoder.config
+    tensors = convert.plain_copy(encoder.trunk.state_dict())
+    if config.input != job.convention:
+        first_conv = encoder.trunk.pretrained_cfg.get("first_conv")
+        if not isinstance(first_conv, str) or f"{first_conv}.weight" not in tensors:
+            raise UserError(
+                f"the normalisation {config.input} cannot be folded: {config.name} has no single first convolution"
+            )
+        tensors = convert.fold_input(tensors, first_conv, config.input, job.convention)
+        meta["conversions"].append(f"{first_conv}: input {config.input} -> {job.convention}")
+    if target == "timm":
+        plain = config.model_copy(update={"output_stride": 32})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            reference, _ = build_trunk(plain)
+        meta["architecture"]["num_features"] = reference.num_features
+    else:
+        with torch.device("meta"):
+            reference = getattr(import_torchvision().models, config.name)(weights=None)
+    trained, wanted = convert.norm_eps(encoder.trunk), convert.norm_eps(reference)
+    tensors = convert.fold_eps(tensors, trained, wanted)
+    moved = sorted({(trained[name], wanted[name]) for name in trained if trained[name] != wanted[name]})
+    meta["conversions"] += [f"BatchNorm eps {old:g} -> {new:g} (into running_var)" for old, new in moved]
+    meta["architecture"]["bn_eps"] = sorted(set(wanted.values()))
+    meta["untrained_in_file"] = "not in the file"
+    if target == "timm":
+        never_ran = set(encoder.untrained) - set(encoder.trunk.state_dict())
+        tensors |= {name: value for name, value in reference.state_dict().items() if name in never_ran}
+        meta["untrained_in_file"] = "timm loads whole networks only: filled with its initialisation, seed 0"
+    return tensors
+
+
+def _check_resnet(path: Path, kind: ImageTarget, job: Job) -> dict[str, Any]:
+    """Read a file back, load it into torchvision's ResNet, compare."""
+    tensors = kind.read(path, job)
+    network = verify.torchvision_resnet(job.name)
+    verify.load_every_tensor(network, tensors, {"fc.weight", "fc.bias", *job.encoder.untrained})
+    if kind is TARGETS["openpcdet"] and is_deeplab_place(job):
+        verify.check_deeplab_names(job.name, {f"backbone.{n}": v for n, v in tensors.items()}, job.encoder.untrained)
+    result = verify.compare_features(job.encoder, lambda images: verify.resnet_levels(network, images), job.convention)
+    version = import_torchvision().__version__
+    return result | {
+        "built_with": f"torchvision {version}",
+        "dilation": "compared without dilation, as the target builds it",
+    }
+
+
+def _check_timm(path: Path, kind: ImageTarget, job: Job) -> dict[str, Any]:
+    """Let timm load the folder, compare."""
+    target = verify.timm_levels(path, timm_extra_args(job), job.encoder, kind.read(path, job))
+    result = verify.compare_features(job.encoder, target, job.convention)
+    return result | {"built_with": f"timm {import_timm().__version__}", "dilation": "compared with the same dilation"}
+
+
+def _write_checked(
+    job: Job,
+    kind: ImageTarget,
+    tensors: dict[str, Tensor],
+    meta: dict[str, Any],
+    check: Callable[[Path], dict[str, Any]],
+    overwrite: bool,
+) -> Path:
+    """Write under a temporary name, check, write again with the result in it, read back once more, rename.
+
+    Returns:
+        The sidecar's path.
+    """
+    out = job.out
+    partial = out.with_name(f".{out.name}.partial")
+    sidecar = out / "metadata.json" if not kind.suffixes else out.with_name(f"{out.name}.json")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove(partial)
+        kind.write(partial, tensors, meta, job)
+        meta["verification"] = check(partial)
+        kind.write(partial, tensors, meta, job)
+        verify.same_tensors(kind.read(partial, job), tensors)
+        if kind.suffixes:
+            partial_sidecar = partial.with_name(f"{partial.name}.json")
+            partial_sidecar.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+            os.replace(partial_sidecar, sidecar)
+        elif overwrite:
+            _remove(out)
+        os.replace(partial, out)
+    except verify.ExportError as error:
+        raise verify.ExportError(f"the export failed its check, no file was written: {error}") from error
+    except (OSError, RuntimeError) as error:
+        if (
+            isinstance(error, RuntimeError)
+            and "cannot be opened" not in str(error)
+            and "Parent directory" not in str(error)
+        ):
+            raise
+        raise UserError(f"--out {out}: cannot be written ({error})") from error
+    finally:
+        _remove(partial)
+    return sidecar
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif path.exists():
+        path.unlink()

@@ -1,0 +1,1 @@
+"""Transforms, cameras and boxes: geometry that every room shares."""

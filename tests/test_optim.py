@@ -1,0 +1,135 @@
+"""One composite optimizer is its parts; schedules follow their formulae."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from simipu3d.config import parse_part
+from simipu3d.engine.optim import CompositeOptimizer, OptimConfig, build_optimizer, parse_optim
+from simipu3d.errors import UserError
+from simipu3d.registry import SCHEDULES
+
+
+def branches():
+    torch.manual_seed(0)
+    layers = {name: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for name in ("points", "image", "heads")}
+    return layers
+
+
+def step(modules, optimizer, seed):
+    torch.manual_seed(seed)
+    optimizer.zero_grad()
+    rows = torch.randn(8, 4)
+    for module in modules.values():
+        rows = module(rows)
+    rows.square().sum().backward()
+    optimizer.step()
+
+
+def test_the_composite_equals_separate_optimizers():
+    together, apart = branches(), branches()
+    composite = build_optimizer(together, OptimConfig())
+    own = [
+        torch.optim.AdamW(apart["points"].parameters(), 1e-3, betas=(0.95, 0.99), weight_decay=0),
+        torch.optim.SGD(apart["image"].parameters(), 0.03, momentum=0.9),
+        torch.optim.SGD(apart["heads"].parameters(), 0.03, momentum=0.9),
+    ]
+    decay = {id(m[0].weight): wd for m, wd in zip(apart.values(), (0.01, 1e-4, 1e-4), strict=True)}
+    for optimizer in own:
+        params = optimizer.param_groups[0]["params"]
+        optimizer.param_groups[0]["params"] = [p for p in params if p.ndim > 1]
+        optimizer.param_groups[0]["weight_decay"] = decay[id(optimizer.param_groups[0]["params"][0])]
+        optimizer.add_param_group({"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0})
+    separate = CompositeOptimizer(own)
+    for seed in range(5):
+        step(together, composite, seed)
+        step(apart, separate, seed)
+    for a, b in zip(together.values(), apart.values(), strict=True):
+        assert torch.equal(a[0].weight, b[0].weight)
+        assert torch.equal(a[1].bias, b[1].bias)
+
+
+def test_state_survives_a_checkpoint():
+    modules = branches()
+    optimizer = build_optimizer(modules, OptimConfig())
+    for seed in range(3):
+        step(modules, optimizer, seed)
+    copies = branches()
+    for a, b in zip(copies.values(), modules.values(), strict=True):
+        a.load_state_dict(b.state_dict())
+    other = build_optimizer(copies, OptimConfig())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for seed in range(3, 6):
+        step(modules, optimizer, seed)
+        step(copies, other, seed)
+    assert all(torch.equal(copies[name][0].weight, modules[name][0].weight) for name in modules)
+
+
+def test_frozen_parameters_are_not_handed_over():
+    modules = branches()
+    modules["heads"].requires_grad_(False)
+    optimizer = build_optimizer(modules, OptimConfig())
+    assert {group["branch"] for group in optimizer.param_groups} == {"points", "image"}
+
+
+def test_norms_and_biases_are_decayed_only_when_asked():
+    groups = build_optimizer(branches(), OptimConfig()).param_groups
+    assert sorted({g["weight_decay"] for g in groups if g["branch"] == "image"}) == [0.0, 1e-4]
+    released = parse_optim({"image": {"name": "sgd", "decay_norm_and_bias": True}})
+    groups = build_optimizer(branches(), released).param_groups
+    assert {g["weight_decay"] for g in groups if g["branch"] == "image"} == {1e-4}
+
+
+@pytest.mark.parametrize("name", ["constant", "exponential", "cosine", "onecycle", "milestones"])
+def test_schedules_move_every_group(name):
+    block = {"name": name, **({"milestones": [2, 4]} if name == "milestones" else {})}
+    optimizer = build_optimizer(branches(), OptimConfig())
+    config = parse_part("schedule", SCHEDULES, block)
+    scheduler, interval = SCHEDULES[name].target(optimizer, config, 10)
+    assert interval in ("step", "epoch")
+    first = [group["lr"] for group in optimizer.param_groups]
+    history = []
+    for _ in range(10):
+        optimizer.step()
+        scheduler.step()
+        history.append([group["lr"] for group in optimizer.param_groups])
+    ratios = {round(last / start, 6) for last, start in zip(history[4], first, strict=True)}
+    assert len(ratios) == 1, "all groups follow the same curve"
+    if name == "exponential":
+        assert ratios == {round(0.99**5, 6)}
+    if name == "cosine":
+        assert max(history[-1]) < 1e-9
+
+
+def test_warm_up_rises():
+    optimizer = build_optimizer(branches(), OptimConfig())
+    scheduler, _ = SCHEDULES["cosine"].target(
+        optimizer, parse_part("schedule", SCHEDULES, {"name": "cosine", "warmup_steps": 4}), 10
+    )
+    rates = []
+    for _ in range(4):
+        optimizer.step()
+        scheduler.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == sorted(rates)
+    assert rates[-1] == pytest.approx(1e-3)
+    with pytest.raises(UserError, match="warmup_steps"):
+        SCHEDULES["cosine"].target(
+            optimizer, parse_part("schedule", SCHEDULES, {"name": "cosine", "warmup_steps": 10}), 10
+        )
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        ({"points": {"name": "adam"}}, "optim.points.name: no optimizer is called 'adam'"),
+        ({"point": {"name": "sgd"}}, "optim.point: no such key"),
+        ({"points": {"name": "sgd", "betas": [0.9, 0.9]}}, "optim.points.betas: no such key"),
+        ([1], "expected a block"),
+    ],
+)
+def test_errors_name_the_key(block, words):
+    with pytest.raises(UserError, match=words):
+        parse_optim(block)

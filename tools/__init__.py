@@ -1,0 +1,1 @@
+"""Command lines: parse, build, run. Installed as `simipu3d.tools`."""

@@ -1,0 +1,79 @@
+"""The whole way on the embedded data set: pre-train, probe on held-out streets, draw a page, export the image backbone.
+
+`make demo` runs it. It needs minutes on two CPU cores, nothing to download and no GPU. An interrupted demo goes on where it was.
+"""
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from simipu3d.command_line import run
+from simipu3d.engine.pretrain import pretrain
+from simipu3d.engine.run import write_whole
+from simipu3d.export.image import export_image
+from simipu3d.pictures import save_png
+from simipu3d.probe.report import RunReport, report_run
+
+
+def show(report: RunReport) -> None:
+    """Print what was measured."""
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    tasks = Table("held-out streets", "loss", "ceiling ln(N)", "top-1", "chance", title="Contrastive tasks")
+    names = {"intra": "intra-modal: token to token", "inter": "inter-modal: pixel to token"}
+    for name, (top1, chance) in report.retrieval.items():
+        loss, ceiling = report.losses[name]
+        tasks.add_row(names[name], f"{loss:.2f}", f"{ceiling:.2f}", f"{top1:.2%}", f"{chance:.2%}")
+    heading, *rows = report.table.text_rows()
+    table = report.table
+    probe = Table(
+        *heading,
+        title=f"Frozen image backbone, linear probe: {table.num_labels} labelled frames, {table.num_held_out} held out, "
+        f"{len(table.seeds)} seeds",
+    )
+    for row in rows:
+        probe.add_row(*row)
+    console.print(tasks)
+    console.print(probe)
+
+
+def body(args: argparse.Namespace) -> None:
+    """All steps in order."""
+    start = time.perf_counter()
+    out = pretrain(args.cfg, args.set, out=args.out, resume="")
+    trained = time.perf_counter()
+    report = report_run(out)
+    show(report)
+    picture = save_png(out / "demo.png", report.picture)
+    folder = out / "backbone_timm"
+    export_image(out / "checkpoints" / "last.ckpt", "timm", folder, overwrite=True)
+    result = {"retrieval": report.retrieval, "losses": report.losses, "probe": report.table.as_dict()}
+    result |= {"seconds": {"pre-training": trained - start, "all": time.perf_counter() - start}}
+    write_whole(out / "demo.json", json.dumps(result, indent=1))
+    print(f"pre-training took {trained - start:.0f} s, everything {time.perf_counter() - start:.0f} s")
+    print(f"page of pictures:   {picture}\nexported backbone:  {folder}\nnumbers:            {out / 'demo.json'}")
+    print(f"training curves:    tensorboard --logdir {out / 'tensorboard'}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="demo", description=__doc__)
+    parser.add_argument(
+        "--cfg", default="configs/simipu/demo.yaml", metavar="FILE", help="configuration (default: %(default)s)"
+    )
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change its keys")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="run directory (default: %(default)s)"
+    )
+    logging.captureWarnings(True)
+    return run(parser, body, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""`simipu3d COMMAND ...`: the tools of this folder, for those who install instead of cloning."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "pretrain": "pre-train backbones from a configuration",
+    "demo": "the whole way on the embedded data set: pre-train, probe, pictures, export",
+    "inspect_data": "draw what a configuration reads: projected points, boxes, views and their matches",
+    "export": "write a pre-trained backbone for another library, and prove that it loads",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one of the tools."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] not in COMMANDS:
+        known = "\n".join(f"  {name:14} {what}" for name, what in COMMANDS.items())
+        asked_for_help = arguments[:1] in (["-h"], ["--help"])
+        usage = f"usage: simipu3d COMMAND [arguments]; COMMAND --help says more\n{known}"
+        print(usage, file=sys.stdout if asked_for_help else sys.stderr)
+        return 0 if asked_for_help else 2
+    tool = importlib.import_module(f"simipu3d.tools.{arguments[0]}")
+    return tool.main(arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
