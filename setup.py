@@ -39,7 +39,7 @@ setup(
         "pyyaml>=6",
         "tensorboard>=2.15",
         "rich>=13",
-        "pillow>=10",
+        "pillow>=10.1",
         "matplotlib>=3.8",
         "safetensors>=0.4",
     ],

@@ -11,6 +11,20 @@ from collections.abc import Callable, Sequence
 from simipu3d.errors import UserError
 
 
+def add_config_arguments(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
+    """`--cfg FILE` and `--set KEY=VALUE ...`, the same in every tool; `--cfg` is needed where it has no default."""
+    about = "configuration (YAML)" if default is None else f"configuration (default: {default})"
+    parser.add_argument("--cfg", required=default is None, default=default, metavar="FILE", help=about)
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change keys of the configuration; values are YAML; a block's name is changed first, and drops its old keys",
+    )
+
+
 def run(
     parser: argparse.ArgumentParser, body: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None
 ) -> int:

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from simipu3d.config import merge
 from simipu3d.contracts.batch import Batch
 from simipu3d.contracts.frame import Camera, Frame
 from simipu3d.data.augment import augment_frame
@@ -56,6 +57,6 @@ def batch_of(seeds: list[int], augment: AugmentConfig = AUGMENT, **kwargs) -> Ba
 
 def small_method(**changes: dict) -> SimIPU:
     """SimIPU of a few thousand parameters; keyword arguments change keys of its blocks."""
-    raw = {block: {**BLOCKS[block], **changes.get(block, {})} for block in SimIPU.BLOCKS}
+    raw = merge(BLOCKS, changes)
     torch.manual_seed(0)
     return SimIPU(SimIPU.parse_blocks(raw), point_columns=COLUMNS)

@@ -178,6 +178,17 @@ def test_a_longer_run_goes_on_where_the_shorter_one_ended(whole, cfg, tmp_path):
     assert same_weights(weights(whole), weights(longer))
 
 
+def test_accumulation_clipping_and_mixed_precision_keep_their_meaning(cfg, tmp_path):
+    sets = ["trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=1.0", "trainer.precision=bf16-mixed"]
+    whole = pretrain(cfg, [*sets, "trainer.max_steps=5"], out=tmp_path / "whole")
+    table = rows(whole)
+    assert [int(row["step"]) for row in table] == [1, 2, 3, 4, 5]
+    assert [int(row["epoch"]) for row in table] == [0, 0, 1, 1, 2], "4 batches an epoch make 2 steps"
+    parts = pretrain(cfg, [*sets, "trainer.max_steps=3"], out=tmp_path / "parts")
+    pretrain(cfg, [*sets, "trainer.max_steps=5"], out=parts, resume="")
+    assert same_weights(weights(whole), weights(parts))
+
+
 def test_init_starts_from_another_runs_weights(whole, cfg, tmp_path):
     sets = ["trainer.max_steps=1", "optim.points.lr=1e-30", "optim.image.lr=1e-30", "optim.heads.lr=1e-30"]
     started = pretrain(cfg, sets, out=tmp_path / "started", init=whole / "checkpoints" / "last.ckpt")

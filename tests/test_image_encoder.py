@@ -170,6 +170,7 @@ def test_stages_behind_the_matched_map_are_not_built_and_are_named():
         ({"name": "convnext_atto", "norm": "sync_bn"}, -1, r"image_encoder\.norm.*no BatchNorm"),
         ({"name": "convnext_atto", "bn_eps": 1e-3}, -1, r"image_encoder\.bn_eps"),
         ({"neck": "top_down"}, -1, r"image_encoder\.neck"),
+        ({"name": "vit_tiny_patch16_224", "neck": "top_down"}, -4, r"image_encoder\.neck.*one stride"),
         ({}, 64, r"matching\.map"),
         ({"frozen_stages": 4}, 8, r"frozen_stages: only 3"),
     ],
@@ -207,7 +208,7 @@ def test_frozen_norm_trains_convolutions_only():
 def test_sync_bn_is_plain_on_a_cpu_and_keeps_all_names_on_cuda(caplog):
     network = encoder(norm="sync_bn", frozen_stages=1)
     names = list(network.state_dict())
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "simipu3d.encoders"):
         network.sync_norms("cpu")
     assert "plain BatchNorm" in caplog.text
     assert not any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())

@@ -180,6 +180,31 @@ def test_features_that_say_nothing_give_the_row_mean(seed):
     assert scores[0]["abs_rel_off_ground"] == pytest.approx(relative[off_ground].mean(), rel=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_labels_that_only_depend_on_the_pixel_row_leave_nothing_for_features(seed):
+    """Also where most pixels are unknown, so that a footprint's mean depends on which of its rows are seen."""
+    data, cells, _ = make_data(seed)
+    rng = np.random.default_rng(seed)
+    seen = rng.random(data.depth.shape) < 0.2
+    seen[0, :, 0] = True
+    depth = np.where(seen, np.geomspace(60, 4, data.depth.shape[1])[None, :, None], 0).astype(np.float32)
+    classes = np.where(seen, (np.arange(data.depth.shape[1]) % 4)[None, :, None], 255).astype(np.uint8)
+    data = ProbeData(data.images, depth, classes, NAMES, (1,))
+    features = as_map(rng.normal(size=(len(data), 20, *cells.shape[1:])))
+    scores = score_probe(fit_probe(features, data, rng), features, data)
+    assert scores["abs_rel"] < 1e-5
+    assert scores["mean_iou"] == 1.0
+
+
+def test_cells_without_labels_do_not_matter():
+    data, depth, classes = make_data(0)
+    features = np.random.default_rng(0).normal(size=(len(data), 5, *depth.shape[1:]))
+    spoilt = np.where((classes == 0)[:, None], 1e6, features)
+    probes = [fit_probe(as_map(cells), data, np.random.default_rng(0)) for cells in (features, spoilt)]
+    assert np.array_equal(probes[0].depth.weight, probes[1].depth.weight)
+    assert (probes[0].depth.weight != 0).any()
+
+
 def test_the_table_ranks_useful_features_above_useless_ones():
     """Depth written into the image's first channel: an encoder that averages it is better than one of noise."""
     data, _depth, _classes = make_data(0, number=30)

@@ -288,7 +288,7 @@ def test_only_an_explicit_spconv_fails_without_the_package(monkeypatch, fresh_ch
 
 
 def test_auto_takes_spconv_on_cuda_where_it_can_and_says_so_once(monkeypatch, fresh_choice, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "simipu3d.encoders")
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     for _ in range(3):
         assert backends.choose_backend("auto", cpu) is backends.torch_backend.convolve

@@ -160,8 +160,8 @@ class DenseNet:
 @pytest.mark.parametrize("name", NAMES)
 def test_stages_and_map_equal_a_dense_network(name):
     """The wiring, written again without sparse tensors: every stage, its sites, and the bird's-eye-view map."""
-    # 34 voxels high: 35, 18, 9, 4 and, after conv_out, 1.
-    keys = {"voxel_size": [0.5, 0.5, 0.1], "point_range": [0, 0, 0, 9, 12, 3.4], "output_conv": True}
+    # 41, 21, 11, 5 and, after conv_out, 2 cells high, as in the real grids.
+    keys = {"voxel_size": [0.5, 0.5, 0.1], "point_range": [0, 0, 0, 9, 12, 4.0], "output_conv": True}
     net = randomise_norms(build(name, **keys)).double().eval()
     sites = (torch.rand(2, *net.sparse_shape, generator=torch.Generator().manual_seed(3)) < 0.004).nonzero()
     features = torch.randn(len(sites), 4, dtype=torch.float64, generator=torch.Generator().manual_seed(4))

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from simipu3d.command_line import run
+from simipu3d.command_line import add_config_arguments, run
 from simipu3d.engine.pretrain import pretrain
 from simipu3d.engine.run import write_whole
 from simipu3d.export.image import export_image
@@ -64,10 +64,7 @@ def body(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="demo", description=__doc__)
-    parser.add_argument(
-        "--cfg", default="configs/simipu/demo.yaml", metavar="FILE", help="configuration (default: %(default)s)"
-    )
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change its keys")
+    add_config_arguments(parser, default="configs/simipu/demo.yaml")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="run directory (default: %(default)s)"
     )

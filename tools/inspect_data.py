@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from simipu3d.command_line import run
+from simipu3d.command_line import add_config_arguments, run
 from simipu3d.config import apply_sets, load_yaml, parse_part
 from simipu3d.data import module
 from simipu3d.data.augment import augment_frame
@@ -68,13 +68,8 @@ def show(facts: list[FrameFacts], title: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run."""
     parser = argparse.ArgumentParser(prog="inspect_data", description=__doc__.partition("\n")[0])
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="configuration with a data: block")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of it; repeatable"
-    )
-    parser.add_argument(
-        "--num", type=int, default=8, metavar="N", help="frames, evenly spread over the split (default: 8)"
-    )
+    add_config_arguments(parser)
+    parser.add_argument("--num", type=int, default=8, metavar="N", help="frames, spread over the split (default: 8)")
     parser.add_argument("--out", metavar="DIR", help="folder for the pages (default: runs/inspect-<configuration>)")
     return run(parser, inspect, argv)
 

@@ -139,6 +139,17 @@ def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)  # workers are the parallelism; threads of theirs would fight over the same cores
 
 
+def check_enough_frames(config: DataConfig, num_frames: int, world_size: int) -> None:
+    """Raise `UserError` when a data set holds less than one step of all processes takes."""
+    if num_frames < config.batch_size * world_size:
+        processes = f" x {world_size} processes" if world_size > 1 else ""
+        raise UserError(
+            f"data.batch_size: one step takes {config.batch_size}{processes} frames, and split {config.split} of "
+            f"{config.root or config.name} has {num_frames}; lower data.batch_size to {num_frames // world_size} or "
+            "less, or add frames"
+        )
+
+
 def make_loader(
     config: DataConfig, seed: int, rank: int = 0, world_size: int = 1, reader: FrameReader | None = None
 ) -> DataLoader[Batch]:
@@ -155,13 +166,7 @@ def make_loader(
         UserError: fewer frames than one step takes, or whatever opening the data set raises.
     """
     reader = build_reader(config) if reader is None else reader
-    if len(reader) < config.batch_size * world_size:
-        processes = f" x {world_size} processes" if world_size > 1 else ""
-        raise UserError(
-            f"data.batch_size: one step takes {config.batch_size}{processes} frames, and split {config.split} of "
-            f"{config.root or config.name} has {len(reader)}; lower data.batch_size to {len(reader) // world_size} or "
-            "less, or add frames"
-        )
+    check_enough_frames(config, len(reader), world_size)
     parallel = config.num_workers > 0
     return DataLoader(
         PairDataset(reader, config, seed, rank, world_size),

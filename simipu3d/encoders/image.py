@@ -228,6 +228,8 @@ class ImageEncoder(nn.Module):
                 f"image_encoder.output_stride: timm's {config.name} ends at stride {levels[-1].stride}, not "
                 f"{config.output_stride}; take another backbone or 32"
             )
+        if config.neck and len({level.stride for level in levels}) == 1:
+            raise UserError(f"image_encoder.neck: all maps of timm's {config.name} have one stride; use neck: null")
         if config.neck and matched == len(levels) - 1:
             raise UserError(
                 "image_encoder.neck: the matched map is the last stage, there is nothing to add to it; "

@@ -137,8 +137,7 @@ def _window_shift(module: nn.Module, width_in: int) -> float:
 
 
 def _compose(strides: list[int], steps: list[list[_Step]]) -> list[float]:
-    """Offset of every level from the steps up to it; a step beyond the level's stride is a side branch (pooled
-    keys)."""
+    """Offset of every level from its steps; one beyond the level's stride is a side branch (pooled keys)."""
     offsets, seen, stride, offset = [], 0, 1, 0.0
     for level_stride, level_steps in zip(strides, steps, strict=True):
         # First what ran since the last level; then everything, because a run may go a step too far (the pool behind a

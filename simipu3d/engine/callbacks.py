@@ -158,7 +158,9 @@ class Checkpoints(Checkpoint):
         self.run = run
         self.every_steps = every_steps
         self.keep_every_epochs = keep_every_epochs
-        self._saved = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saved = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int

@@ -21,7 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy
 import simipu3d
 from simipu3d.contracts.batch import Batch
 from simipu3d.contracts.frame import FrameReader
-from simipu3d.data.module import BadFrameLimit, build_reader, make_loader
+from simipu3d.data.module import BadFrameLimit, build_reader, check_enough_frames, make_loader
 from simipu3d.engine.callbacks import Checkpoints, FiniteLoss, Metrics, Pictures
 from simipu3d.engine.optim import build_optimizer
 from simipu3d.engine.run import AtomicCheckpointIO, RunDirectory, default_out, git_commit, read_checkpoint
@@ -52,6 +52,7 @@ class PretrainModule(pl.LightningModule):
         self.reader = reader
         self.bad_frames = limit
         self.start = (0, 0)
+        self.commit = git_commit()
 
     def configure_model(self) -> None:
         self.method.sync_norms(self.trainer.strategy.root_device.type)
@@ -61,7 +62,7 @@ class PretrainModule(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         self.bad_frames.add(batch.bad_frames)
-        seed_step(self.config.seed, self.global_step, self.global_rank)
+        seed_step(self.config.seed, self.global_step, batch_idx, self.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         metrics = self.method(batch)
@@ -88,9 +89,12 @@ class PretrainModule(pl.LightningModule):
         epoch = self.trainer.current_epoch
         if batches >= self.trainer.num_training_batches:
             epoch, batches = epoch + 1, 0
+        commit, dirty = self.commit
         checkpoint["simipu3d"] = {
             "version": simipu3d.__version__,
-            "git_commit": git_commit(),
+            "git_commit": commit,
+            "git_dirty": dirty,
+            "num_samples": len(self.reader),
             "method": self.config.method,
             "config": self.config.to_plain(),
             "epoch": self.trainer.current_epoch,
@@ -105,9 +109,9 @@ class PretrainModule(pl.LightningModule):
         self.bad_frames.load_state_dict(own["bad_frames"])
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Make every draw of a step a function of (seed, step) and the process; nothing before it matters."""
-    state = np.random.SeedSequence([seed, step, rank]).generate_state(3)
+def seed_step(seed: int, step: int, batch: int, rank: int) -> None:
+    """Make every draw of a step a function of (seed, step), its batch and the process; nothing before it matters."""
+    state = np.random.SeedSequence([seed, step, batch, rank]).generate_state(3)
     torch.manual_seed(int(state[0]))
     random.seed(int(state[1]))
     np.random.seed(int(state[2]))  # noqa: NPY002  (third parties may draw from numpy's global state)
@@ -139,15 +143,19 @@ def load_weights(method: torch.nn.Module, path: Path) -> None:
 
 
 def _check_devices(config: TrainerConfig) -> None:
-    wants_gpu = config.accelerator in ("gpu", "cuda")
     present = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if wants_gpu and not present:
+    asked = config.accelerator in ("gpu", "cuda")
+    if asked and not present:
         raise UserError(
             f"trainer.accelerator: {config.accelerator} was asked for and torch {torch.__version__} sees no GPU; "
             "use trainer.accelerator=auto, or install a CUDA build of torch"
         )
-    if wants_gpu and config.devices != "auto" and config.devices > present:
-        raise UserError(f"trainer.devices: {config.devices} GPUs were asked for, there are {present}")
+    uses_gpu = asked or (config.accelerator == "auto" and present)
+    if uses_gpu and config.devices != "auto" and config.devices > present:
+        raise UserError(
+            f"trainer.devices: {config.devices} GPUs were asked for, there are {present}; lower it, or set "
+            "trainer.accelerator=cpu"
+        )
 
 
 def _quiet_lightning() -> None:
@@ -174,8 +182,6 @@ def build_trainer(config: PretrainConfig, run: RunDirectory) -> pl.Trainer:
     ]
     if sys.stderr.isatty():
         callbacks.append(RichProgressBar())
-    resumed = run.checkpoint is not None
-    first_step = read_checkpoint(run.checkpoint)["simipu3d"]["global_step"] + 1 if resumed else None
     many = own.devices != 1 or own.num_nodes != 1
     return pl.Trainer(
         max_steps=own.max_steps,
@@ -191,7 +197,11 @@ def build_trainer(config: PretrainConfig, run: RunDirectory) -> pl.Trainer:
         log_every_n_steps=own.log_every_n_steps,
         deterministic=own.deterministic,
         logger=TensorBoardLogger(
-            run.path, name="tensorboard", version="", default_hp_metric=False, purge_step=first_step
+            run.path,
+            name="tensorboard",
+            version="",
+            default_hp_metric=False,
+            purge_step=None if run.resumed_step is None else run.resumed_step + 1,
         ),
         plugins=[AtomicCheckpointIO()],
         callbacks=callbacks,
@@ -238,6 +248,8 @@ def pretrain(
     first_process = pl.utilities.rank_zero_only.rank in (0, None)
     run = RunDirectory(out, config.to_plain(), resume if first_process else resume or "")
     reader = build_reader(config.data)
+    processes = (1 if config.trainer.devices == "auto" else config.trainer.devices) * config.trainer.num_nodes
+    check_enough_frames(config.data, len(reader), processes)
     method = build_method(config, reader.point_columns)
     if init is not None:
         load_weights(method, init)
@@ -245,6 +257,8 @@ def pretrain(
         reader.prepare()
         run.create(config.to_plain())
         os.environ[OUT_VARIABLE] = str(out)
+    if run.checkpoint is not None:
+        log.info("resuming from step %d: %s", run.resumed_step, run.checkpoint)
     module = PretrainModule(config, method, reader, BadFrameLimit(config.data, len(reader)))
     try:
         build_trainer(config, run).fit(module, ckpt_path=run.checkpoint, weights_only=True)

@@ -96,6 +96,7 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.pictures = path / "pictures"
         self.checkpoint: Path | None = None
+        self.resumed_step: int | None = None
         holds_run = (path / "config.yaml").exists() or self.last.exists()
         if resume is None and holds_run:
             raise UserError(f"{path}: holds a run already; continue it with --resume, or choose another --out")
@@ -115,6 +116,7 @@ class RunDirectory:
 
     def _check_same_run(self, resolved: dict[str, Any]) -> None:
         old = read_checkpoint(self.checkpoint)["simipu3d"]
+        self.resumed_step = old["global_step"]
         if old["config"]["method"] != resolved["method"]:
             raise UserError(
                 f"{self.checkpoint}: a checkpoint of the method {old['config']['method']!r}, the configuration asks for "
@@ -152,31 +154,32 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def git_commit() -> str | None:
-    """The commit of the checkout that the package runs from, with `-dirty` where files differ; None outside a checkout."""
+def git_commit() -> tuple[str | None, bool | None]:
+    """The commit of the checkout that the package runs from, and whether files differ from it; None outside a checkout."""
     folder = Path(simipu3d.__file__).parent
     try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=10,
+        commit, changes = (
+            subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
+            for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain"))
         )
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return commit.stdout.strip() or None
+        return None, None
+    if commit.returncode or changes.returncode:
+        return None, None
+    return commit.stdout.strip(), bool(changes.stdout.strip())
 
 
 def environment() -> dict[str, Any]:
     """Versions, device, commit and command line of this process."""
     names = ("torch", "torchvision", "timm", "lightning", "numpy", "scipy", "numba", "pydantic")
     cuda = torch.cuda.is_available()
+    commit, dirty = git_commit()
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
         "simipu3d": simipu3d.__version__,
-        "git_commit": git_commit(),
+        "git_commit": commit,
+        "git_dirty": dirty,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: metadata.version(name) for name in names},

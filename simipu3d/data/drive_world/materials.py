@@ -15,9 +15,7 @@ sidewalk (metres) and the seed of the asphalt.
 
 import math
 
-from numba import njit
-
-from simipu3d.data.drive_world.noise import cloud_noise, lattice, value_noise
+from simipu3d.data.drive_world.noise import cloud_noise, inner, lattice, value_noise
 from simipu3d.data.drive_world.raycast import BACK, BOTTOM, CYL_Y, FRONT, GROUND, LEFT, RIGHT, TOP
 
 PLAIN, SLAB, FACADE, PAINT, CABIN, WHEEL, LEAVES, CLOTH, PLATE = range(9)
@@ -41,18 +39,18 @@ CLASS_NAMES = (
 SKY, ROAD, SIDEWALK, TERRAIN, BUILDING, POLE, VEGETATION, CAR, VAN, PEDESTRIAN, CYCLIST = range(11)
 
 
-@njit
+@inner
 def _keep(period, footprint):
     """How much of a pattern of this period a pixel still shows, 1 to 0."""
     return min(max(1.5 - 2.0 * footprint / period, 0.0), 1.0)
 
 
-@njit
+@inner
 def _between(value, low, high):
     return low < value < high
 
 
-@njit
+@inner
 def _on_crossing(crossings, x, margin):
     """Is x within `margin` metres of a side street?"""
     near = False
@@ -61,7 +59,7 @@ def _on_crossing(crossings, x, margin):
     return near
 
 
-@njit
+@inner
 def label_of(world, solid, x, y):
     """Class of a hit at (x, y) of the street."""
     if solid == GROUND:
@@ -75,7 +73,7 @@ def label_of(world, solid, x, y):
     return world.label[solid]
 
 
-@njit
+@inner
 def _marked(world, x, y, footprint):
     """How much of a place on the road is white paint, 0 to 1."""
     half, lanes, lane = world.street[0], int(world.street[2]), world.street[3]
@@ -103,7 +101,7 @@ def _marked(world, x, y, footprint):
     return 0.0
 
 
-@njit
+@inner
 def ground_texture(world, x, y, footprint):
     """The plane z = 0: asphalt with its markings, or grass and gravel beside the streets."""
     seed = int(world.street[5])
@@ -129,7 +127,7 @@ def ground_texture(world, x, y, footprint):
     return red, red, blue, 0.14 + 0.5 * paint + 0.1 * fine, 0.0
 
 
-@njit
+@inner
 def _slab(world, solid, face, x, y, footprint):
     """A raised block: kerb stones, paved sidewalks along the streets, yards behind them (x and y of the street)."""
     look = world.look[solid]
@@ -151,7 +149,7 @@ def _slab(world, solid, face, x, y, footprint):
     return look[1] * tone, look[2] * tone, look[3] * tone, look[12], 0.0
 
 
-@njit
+@inner
 def _wall(look, u, v, footprint):
     """Bricks or plaster at u along and v above the foot of a wall."""
     seed = int(look[11])
@@ -167,7 +165,7 @@ def _wall(look, u, v, footprint):
     return tone
 
 
-@njit
+@inner
 def _facade(look, shape, face, x, y, z, footprint):
     """Floors of windows; parameters: height of a floor, distance of windows, their width / distance, bricks (1) or not.
 
@@ -222,7 +220,7 @@ def _facade(look, shape, face, x, y, z, footprint):
     return red, green, blue, look[12] * (1.0 - 0.75 * window), 0.3 * window
 
 
-@njit
+@inner
 def _vehicle_end(face, side, height):
     """Lights, grille and number plate; `side` is |y|, `height` is above the floor, both in shares of the body."""
     if _between(side, 0.62, 0.95) and _between(height, 0.5, 0.82):
@@ -236,7 +234,7 @@ def _vehicle_end(face, side, height):
     return -1.0, 0.0, 0.0, 0.0, 0.0
 
 
-@njit
+@inner
 def _paint(look, shape, face, x, y, z, footprint):
     """Body of a car or van; parameters: x of the front and rear axle, radius of a wheel, and for
     vans 1 + where the side windows begin, as a share of the half length (0: no windows)."""
@@ -264,7 +262,7 @@ def _paint(look, shape, face, x, y, z, footprint):
     return look[1], look[2], look[3], look[12], look[13]
 
 
-@njit
+@inner
 def _cabin(look, shape, face, x, y, z):
     """Roof, pillars and panes."""
     up = z + shape[7]
@@ -281,7 +279,7 @@ def _cabin(look, shape, face, x, y, z):
     return look[1], look[2], look[3], look[12], look[13]
 
 
-@njit
+@inner
 def _wheel(look, shape, x, z):
     """A tyre with a rim of five spokes."""
     radius = math.hypot(x, z) / shape[5]
@@ -292,7 +290,7 @@ def _wheel(look, shape, x, z):
     return look[1], look[2], look[3], 0.06, 0.0
 
 
-@njit
+@inner
 def _leaves(look, x, y, z, footprint):
     """Light and dark leaves, and a slow change of tone over the crown."""
     seed = int(look[11])
@@ -305,7 +303,7 @@ def _leaves(look, x, y, z, footprint):
     return red, green, (look[3] * (1 - mix) + look[6] * mix) * tone, look[12] * (0.7 + 0.5 * cell), 0.0
 
 
-@njit
+@inner
 def solid_texture(world, solid, face, x, y, z, street_x, street_y, footprint):
     """Colour, reflectivity and gloss of a solid at (x, y, z) of its own frame, (street_x, street_y) of the street."""
     look, shape = world.look[solid], world.shape[solid]

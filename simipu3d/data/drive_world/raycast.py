@@ -23,7 +23,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from simipu3d.data.drive_world.noise import lattice
+from simipu3d.data.drive_world.noise import inner, lattice
 
 HEX, CYL_Z, CYL_Y, ELLIPSOID, FOLIAGE, RING = range(6)
 FRONT, BACK, LEFT, RIGHT, TOP, BOTTOM = range(6)
@@ -181,7 +181,7 @@ def _fill(ranges, order, num_i, num_j):
     return starts, items
 
 
-@njit
+@inner
 def _hit_hex(shape, x, y, z, dx, dy, dz):
     """Clip the ray by six half-spaces a + t b <= 0; the entry is the last of the planes crossed inwards."""
     hx, hy, hz = shape[5], shape[6], shape[7]
@@ -216,7 +216,7 @@ def _hit_hex(shape, x, y, z, dx, dy, dz):
     return enter, face
 
 
-@njit
+@inner
 def _hit_cylinder(radius, half, x, y, z, dx, dy, dz):
     """Cylinder about the third axis; TOP and BOTTOM are its caps."""
     enter, leave, face = -np.inf, np.inf, 0
@@ -247,14 +247,14 @@ def _hit_cylinder(radius, half, x, y, z, dx, dy, dz):
     return enter, face
 
 
-@njit
+@inner
 def _leaf(shape, x, y, z):
     """Is there a leaf at a place of the shell, in the crown's own frame?"""
     i, j, k = math.floor(x / HOLE_SIZE), math.floor(y / HOLE_SIZE), math.floor(z / HOLE_SIZE)
     return lattice(i, j, k, math.floor(shape[5] * 1000.0)) < LEAF_COVER
 
 
-@njit
+@inner
 def _hit_ellipsoid(shape, x, y, z, dx, dy, dz, foliage):
     hx, hy, hz = shape[5], shape[6], shape[7]
     a = (dx / hx) ** 2 + (dy / hy) ** 2 + (dz / hz) ** 2
@@ -298,7 +298,7 @@ def hit_solid(kind, shape, x, y, z, dx, dy, dz):
     return _hit_ellipsoid(shape, x, y, z, dx, dy, dz, kind == FOLIAGE)
 
 
-@njit
+@inner
 def trace(world, directions, dx, dy, dz):
     """What a ray from `directions.origin` along the unit vector (dx, dy, dz) meets first.
 
@@ -341,14 +341,14 @@ def in_shadow(world, shadows, x, y, z):
     return False
 
 
-@njit
+@inner
 def place_on_solid(shape, x, y, z):
     """A world point in a solid's own frame."""
     x, y, z = x - shape[0], y - shape[1], z - shape[2]
     return shape[3] * x + shape[4] * y, shape[3] * y - shape[4] * x, z
 
 
-@njit
+@inner
 def normal_of(kind, shape, face, x, y, z):
     """Outward unit normal, in world axes, at a place (x, y, z) of the solid's own frame."""
     if kind == HEX:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from simipu3d.data.drive_world import materials, noise, raycast
 from simipu3d.data.drive_world.materials import SKY, ground_texture, label_of, solid_texture
-from simipu3d.data.drive_world.noise import cloud_noise
+from simipu3d.data.drive_world.noise import cloud_noise, inner
 from simipu3d.data.drive_world.raycast import (
     FOLIAGE,
     GROUND,
@@ -48,7 +48,7 @@ class Light(NamedTuple):
     clouds: NDArray[np.float64]
 
 
-@njit
+@inner
 def _sky(light, dx, dy, dz, with_clouds):
     """Colour of the sky: a gradient, a glow round the sun, and clouds on a plane overhead."""
     up = max(dz, 0.0)
@@ -71,7 +71,7 @@ def _sky(light, dx, dy, dz, with_clouds):
     return red, green, blue
 
 
-@njit
+@inner
 def surface_at(world, solid, face, x, y, z, distance, dx, dy, dz, angle):
     """Texture and normal where a ray along (dx, dy, dz) met something at (x, y, z); `angle` is a pixel's, radians.
 
@@ -91,7 +91,7 @@ def surface_at(world, solid, face, x, y, z, distance, dx, dy, dz, angle):
     return red, green, blue, reflectivity, gloss, nx, ny, nz
 
 
-@njit
+@inner
 def _look_along(world, directions, shadows, light, dx, dy, dz, angle):
     """Colour along a unit vector, with what it met: (red, green, blue, distance, solid, face, shadowed)."""
     distance, solid, face = trace(world, directions, dx, dy, dz)
@@ -120,20 +120,15 @@ def _look_along(world, directions, shadows, light, dx, dy, dz, angle):
     sky_red, sky_green, sky_blue = _sky(light, rx, ry, max(rz, 0.0), False) if gloss > 0.0 else (0.0, 0.0, 0.0)
     sheen = 1.0 if not shadowed else 0.45
     bounce = 0.12 * light.sun[2]
-    red *= light.sunlight[0] * (direct + bounce * below) + open_sky * (
-        above * light.zenith[0] + level * light.horizon[0]
-    )
-    green *= light.sunlight[1] * (direct + bounce * below) + open_sky * (
-        above * light.zenith[1] + level * light.horizon[1]
-    )
-    blue *= light.sunlight[2] * (direct + bounce * below) + open_sky * (
-        above * light.zenith[2] + level * light.horizon[2]
-    )
+    high, low, warm = open_sky * 0.6 * above, open_sky * (0.4 * above + level), direct + bounce * below
+    red *= light.sunlight[0] * warm + high * light.zenith[0] + low * light.horizon[0]
+    green *= light.sunlight[1] * warm + high * light.zenith[1] + low * light.horizon[1]
+    blue *= light.sunlight[2] * warm + high * light.zenith[2] + low * light.horizon[2]
     red, green, blue = red + shine * sheen * sky_red, green + shine * sheen * sky_green, blue + shine * sheen * sky_blue
     return red, green, blue, distance, solid, face, shadowed
 
 
-@njit
+@inner
 def _render(world, directions, shadows, light, rotation, focal, centre, size, samples):
     """Colour (H, W, 3), depth (H, W), class (H, W) and solid (H, W) of every pixel; see `photograph`."""
     height, width = size
@@ -165,7 +160,7 @@ def _render(world, directions, shadows, light, rotation, focal, centre, size, sa
     return colour, depth, label, met
 
 
-@njit
+@inner
 def _ray(rotation, x, y):
     """Unit vector in the street of the camera ray (x, y, 1), and the cosine to the optical axis."""
     scale = 1.0 / math.sqrt(x * x + y * y + 1.0)
@@ -175,7 +170,7 @@ def _ray(rotation, x, y):
     return dx, dy, dz, scale
 
 
-@njit
+@inner
 def _on_outline(outline, v, u):
     """Does a neighbour show another face, or the other side of a shadow's edge?"""
     here = outline[v, u]
@@ -188,7 +183,7 @@ def _on_outline(outline, v, u):
     return u + 1 < outline.shape[1] and outline[v, u + 1] != here
 
 
-@njit
+@inner
 def _refine(world, directions, shadows, light, rotation, focal, centre, samples, u, v, colour):
     """Replace a pixel's colour by the mean of samples x samples rays spread over it."""
     red, green, blue = 0.0, 0.0, 0.0
@@ -204,7 +199,7 @@ def _refine(world, directions, shadows, light, rotation, focal, centre, samples,
     colour[v, u, 0], colour[v, u, 1], colour[v, u, 2] = red * share, green * share, blue * share
 
 
-@njit
+@inner
 def _scan(world, directions, rays):
     """See `scan_rays`."""
     count = len(rays)

@@ -36,7 +36,7 @@ def choose_backend(name: SparseBackend, device: torch.device) -> Convolve:
         if problem:
             raise UserError(_needs_spconv(problem))
         return spconv_backend.convolve
-    problem = spconv_problem(on_cuda) if on_cuda else "spconv's CPU code is slower and runs on one thread only"
+    problem = spconv_problem(on_cuda) if on_cuda else "on a CPU spconv is right with one thread only"
     _say_once(f"sparse_backend auto: torch on {device.type} ({problem})" if problem else "sparse_backend auto: spconv")
     return torch_backend.convolve if problem else spconv_backend.convolve
 

@@ -1,0 +1,69 @@
+"""Every shipped configuration is loaded, built, and means what its comments say."""
+
+from pathlib import Path
+
+import pytest
+
+from simipu3d.config import changed_keys
+from simipu3d.data.config import DataConfig
+from simipu3d.engine.pretrain import build_method
+from simipu3d.engine.settings import load_pretrain_config, parse_pretrain
+from simipu3d.registry import READERS
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_configuration_is_read_resolved_and_built(path):
+    config = load_pretrain_config(path)
+    resolved = config.to_plain()
+    assert parse_pretrain(resolved, "resolved").to_plain() == resolved
+    assert isinstance(config.data, DataConfig)
+    method = build_method(config, READERS[config.data.name].target.point_columns)
+    assert any(parameter.requires_grad for parameter in method.parameters())
+
+
+def test_the_released_recipe_differs_from_the_corrected_one_in_these_switches_only():
+    kitti, released = (load_pretrain_config(f"configs/simipu/{name}.yaml") for name in ("kitti", "kitti_released"))
+    assert set(changed_keys(kitti.to_plain(), released.to_plain())) == {
+        "data.split",
+        "data.augment.point_draw",
+        "data.augment.scale_centre",
+        "point_encoder.use_xyz",
+        "point_encoder.ffps_range",
+        "image_encoder.input",
+        "image_encoder.norm",
+        "image_encoder.bn_eps",
+        "image_encoder.bn_momentum",
+        "image_encoder.init",
+        "matching.grid",
+        "matching.invisible",
+        "contrast.inter_detach",
+        "contrast.mask_duplicates",
+        "optim.points.decay_norm_and_bias",
+        "optim.image.decay_norm_and_bias",
+        "optim.heads.decay_norm_and_bias",
+        "trainer.max_epochs",
+    }
+
+
+@pytest.mark.parametrize("encoder", ["pointnet2_msg", "voxel_backbone8x", "voxel_res_backbone8x"])
+def test_an_encoder_is_swapped_by_one_word(encoder):
+    config = load_pretrain_config("configs/simipu/kitti.yaml", [f"point_encoder.name={encoder}"])
+    method = build_method(config, ("x", "y", "z", "intensity"))
+    assert type(method.point_encoder).__module__.startswith("simipu3d.encoders")
+    assert config.blocks.point_encoder.name == encoder
+
+
+def test_the_released_networks_have_their_size():
+    """Sizes of the authors' checkpoint: PointNet++ 1,778,432, point heads 2 x 2,234,752, image head 8,663,424, ResNet-50
+    trunk 23,508,032."""
+    method = build_method(load_pretrain_config("configs/simipu/kitti_released.yaml"), ("x", "y", "z", "intensity"))
+    sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in method.named_children()}
+    assert sizes == {
+        "point_encoder": 1_778_432,
+        "intra_head": 2_234_752,
+        "image_encoder": 23_508_032,
+        "inter_point_head": 2_234_752,
+        "inter_image_head": 8_663_424,
+    }
