@@ -41,7 +41,8 @@ def run(
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised, not only its line")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("numba").setLevel(logging.WARNING)
+    for talkative in ("numba", "timm", "PIL"):
+        logging.getLogger(talkative).setLevel(logging.WARNING)
     try:
         body(args)
     except UserError as error:

@@ -48,6 +48,7 @@ def body(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     out = pretrain(args.cfg, args.set, out=args.out, resume="")
     trained = time.perf_counter()
+    logging.getLogger("simipu3d.encoders").setLevel(logging.WARNING)  # from here on networks are built for probes only
     report = report_run(out)
     show(report)
     picture = save_png(out / "demo.png", report.picture)

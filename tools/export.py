@@ -51,8 +51,7 @@ def body(args: argparse.Namespace) -> None:
     """Export, and print what was written and how to use it."""
     from simipu3d.export.image import export_image
 
-    for talkative in ("timm", "simipu3d.encoders"):  # the networks built here are for the check only
-        logging.getLogger(talkative).setLevel(logging.WARNING)
+    logging.getLogger("simipu3d.encoders").setLevel(logging.WARNING)  # the networks built here are for the check only
     report = export_image(args.ckpt, args.to, args.out, prefix=args.prefix, input=args.input, overwrite=args.overwrite)
     print(report.summary())
 
