@@ -28,7 +28,7 @@ def import_torchvision() -> ModuleType:
     except RuntimeError as error:
         if "torchvision::" not in str(error) or _declared:
             raise
-        logger.info("torchvision was built for another torch: importing it without its compiled operators")
+        logger.debug("torchvision was built for another torch: importing it without its compiled operators")
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]  # halves of the failed import
         library = torch.library.Library("torchvision", "DEF")

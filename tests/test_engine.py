@@ -293,6 +293,7 @@ def test_two_processes_run_and_log_once(cfg, tmp_path):
     assert [int(row["step"]) for row in table] == list(range(1, STEPS + 1))
     assert all(float(row["intra_ceiling"]) == pytest.approx(np.log(2 * 2 * 24), abs=1e-3) for row in table)
     assert done.stderr.count(f"step {STEPS}/{STEPS}") == 1
+    assert done.stderr.count("done: ") == 1
 
 
 def test_metrics_file_cuts_later_rows_and_takes_new_columns(tmp_path):

@@ -158,9 +158,12 @@ def _check_devices(config: TrainerConfig) -> None:
         )
 
 
-def _quiet_lightning() -> None:
-    """Lightning's advertisements and its warnings about what this package does in its own way stay unsaid."""
+def _quiet_lightning(first_process: bool) -> None:
+    """Lightning's advertisements and its warnings about what this package does in its own way stay unsaid; of several
+    processes one speaks."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    if not first_process:
+        logging.getLogger("simipu3d").setLevel(logging.WARNING)
     for message in (
         ".*your dataloader is not resumable.*",  # the sampler's position is in the checkpoint
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
@@ -237,7 +240,8 @@ def pretrain(
     """
     if resume is not None and init is not None:
         raise UserError("--init: a resumed run has its weights already; leave out --init or --resume")
-    _quiet_lightning()
+    first_process = pl.utilities.rank_zero_only.rank in (0, None)
+    _quiet_lightning(first_process)
     config = load_pretrain_config(cfg, sets)
     _check_devices(config.trainer)
     if resume == "" and out is None:
@@ -245,7 +249,6 @@ def pretrain(
     if resume and out is None:
         out = Path(resume).resolve().parent.parent
     out = Path(os.environ.get(OUT_VARIABLE) or out or default_out(cfg))
-    first_process = pl.utilities.rank_zero_only.rank in (0, None)
     run = RunDirectory(out, config.to_plain(), resume if first_process else resume or "")
     reader = build_reader(config.data)
     processes = (1 if config.trainer.devices == "auto" else config.trainer.devices) * config.trainer.num_nodes
