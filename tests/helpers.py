@@ -25,7 +25,7 @@ BLOCKS = {
     "point_encoder": {"name": "pointnet2_msg", "neighbourhood": "ball", "layers": [LAYER]},
     "image_encoder": {
         "name": "resnet18",
-        "model_args": {"channels": [8, 8, 16, 16]},
+        "model_args": {"channels": [8, 12, 16, 20]},
         "output_stride": 8,
         "init": "torch_default",
     },

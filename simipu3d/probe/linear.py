@@ -218,6 +218,24 @@ def _tune(x: NDArray, targets: NDArray, known: NDArray, row: NDArray, tuning: ND
     return fit_ridge(x[known], targets[known], row[known], x.shape[1], [strength])[0]
 
 
+def predict_pixels(
+    ridge: Ridge, row_mean: NDArray, features: FeatureMap, index: int, size: tuple[int, int]
+) -> NDArray[np.float64]:
+    """(T, H, W): what a regression says about every pixel of one image.
+
+    Args:
+        ridge: T regressions on the cells.
+        row_mean: (H, T) what the pixel rows say by themselves.
+        features: of all images.
+        index: which one.
+        size: (H, W) of the image.
+    """
+    x = np.moveaxis(features.features[index].numpy().astype(np.float64), 0, -1)
+    row = np.arange(x.shape[0])[:, None].repeat(x.shape[1], axis=1)
+    deviation = np.moveaxis(ridge.deviation(x, row), -1, 0)
+    return row_mean.T[:, :, None] + upsample(deviation, size, features.stride, features.offset)
+
+
 def score_probe(probe: Probe, features: FeatureMap, data: ProbeData) -> dict[str, float]:
     """The metrics of `HIGHER_IS_BETTER` over all known pixels of `data`; NaN where there is none to count.
 
@@ -225,24 +243,19 @@ def score_probe(probe: Probe, features: FeatureMap, data: ProbeData) -> dict[str
     with max(predicted / true, true / predicted) < 1.25, mean_iou the mean over the classes that occur.
     """
     num_classes = len(data.class_names)
-    row = np.arange(features.features.shape[2])[:, None].repeat(features.features.shape[3], axis=1)
     relative, close, off_ground = [], [], []
     confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
 
-    def predict(ridge: Ridge, row_mean: NDArray, x: NDArray) -> NDArray[np.float64]:
-        deviation = np.moveaxis(ridge.deviation(x, row), -1, 0)
-        return row_mean.T[:, :, None] + upsample(deviation, data.depth.shape[1:], features.stride, features.offset)
-
+    size = data.depth.shape[1:]
     for index in range(len(data)):
-        x = np.moveaxis(features.features[index].numpy().astype(np.float64), 0, -1)
         known = data.depth[index] > 0
-        log_depth = predict(probe.depth, probe.row_log_depth, x)[0]
+        log_depth = predict_pixels(probe.depth, probe.row_log_depth, features, index, size)[0]
         difference = log_depth[known] - np.log(data.depth[index][known])
         relative.append(np.abs(np.expm1(difference)))
         close.append(np.abs(difference) < np.log(1.25))
         off_ground.append(~np.isin(data.pixel_class[index][known], data.ground))
         labelled = data.pixel_class[index] < num_classes
-        chosen = predict(probe.classes, probe.row_shares, x).argmax(axis=0)
+        chosen = predict_pixels(probe.classes, probe.row_shares, features, index, size).argmax(axis=0)
         pairs = data.pixel_class[index][labelled].astype(np.int64) * num_classes + chosen[labelled]
         confusion += np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
     relative, close, off_ground = np.concatenate(relative), np.concatenate(close), np.concatenate(off_ground)

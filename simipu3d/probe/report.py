@@ -26,15 +26,22 @@ from simipu3d.engine.settings import PretrainConfig, parse_pretrain
 from simipu3d.methods.drawing import draw_pixel_pairs, draw_token_pairs
 from simipu3d.methods.simipu import SimIPU
 from simipu3d.pictures import depth_as_colours, features_as_colours, overlay_points, page
-from simipu3d.probe.cells import upsample
-from simipu3d.probe.linear import Encoder, Probe, ProbeData, encode_all, fit_probe, gather_data, recompute_batchnorm
+from simipu3d.probe.linear import (
+    Encoder,
+    ProbeData,
+    encode_all,
+    fit_probe,
+    gather_data,
+    predict_pixels,
+    recompute_batchnorm,
+)
 from simipu3d.probe.retrieval import chance_top1, retrieval_top1
 from simipu3d.probe.table import ProbeTable, probe_table
 
 NUM_CALIBRATION = 128
 """Training images that BatchNorm statistics of every probed backbone are averaged over."""
-SHOWN = (3, 21, 38)
-"""Which held-out frames are drawn."""
+NUM_SHOWN = 3
+"""Held-out frames that are drawn."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,13 +154,6 @@ def report_run(run: Path, *, num_labelled: int = 160, num_held_out: int = 152, n
     return RunReport(retrieval, losses, table, picture)
 
 
-def _predicted_depth(probe: Probe, features: FeatureMap, index: int, size: tuple[int, int]) -> np.ndarray:
-    x = np.moveaxis(features.features[index].numpy().astype(np.float64), 0, -1)
-    row = np.arange(x.shape[0])[:, None].repeat(x.shape[1], axis=1)
-    deviation = np.moveaxis(probe.depth.deviation(x, row), -1, 0)
-    return np.exp(probe.row_log_depth.T[:, :, None] + upsample(deviation, size, features.stride, features.offset))[0]
-
-
 @torch.no_grad()
 def draw_page(
     config: PretrainConfig,
@@ -164,7 +164,8 @@ def draw_page(
     trained: Encoder,
 ) -> np.ndarray:
     """Streets, projected points, matches, features before and after, and the depth that the probe reads from both."""
-    frames: list[Frame] = [reader[index] for index in SHOWN]
+    shown = np.linspace(0, len(reader) - 1, NUM_SHOWN).round().astype(int)
+    frames: list[Frame] = [reader[index] for index in shown.tolist()]
     cameras = [frame.cameras[0] for frame in frames]
     images = torch.from_numpy(np.stack([camera.image for camera in cameras])).permute(0, 3, 1, 2).contiguous()
     size = config.data.batch_size
@@ -192,7 +193,10 @@ def draw_page(
         colours = features_as_colours([maps.features])[0]
         rows.append((f"image features as colours, {name} pre-training", [("", picture) for picture in colours]))
         probe = fit_probe(encode_all(encode, labelled.images), labelled, np.random.default_rng(0))
-        depth = [_predicted_depth(probe, maps, i, camera.image.shape[:2]) for i, camera in enumerate(cameras)]
+        depth = [
+            np.exp(predict_pixels(probe.depth, probe.row_log_depth, maps, i, camera.image.shape[:2])[0])
+            for i, camera in enumerate(cameras)
+        ]
         pictures = [("", depth_as_colours(one)) for one in depth]
         depth_rows.append((f"depth from a linear probe on frozen features, {name} pre-training", pictures))
     return page([*rows, *depth_rows])
