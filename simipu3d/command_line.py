@@ -5,6 +5,7 @@ Exit status: 0 all of it worked, 2 something the user can mend, 130 interrupted;
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -48,7 +49,8 @@ def run(
     except UserError as error:
         if args.traceback:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one speaks
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

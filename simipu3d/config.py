@@ -25,15 +25,23 @@ class PartConfig(BaseModel):
     """Base of every block's model: strict, frozen, no unknown keys; attribute docstrings are the keys' documentation."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 floats (`1e-3` is a number), no timestamps, and no key twice in a mapping."""
+    """SafeLoader with the scalars of YAML 1.2 (`1e-3` is a number, `on` and `000010` are words), no timestamps, and no
+    key twice in a mapping."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012  (PyYAML's own class attribute)
-        first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":float", ":timestamp"))]
+        first: [
+            (tag, regexp) for tag, regexp in resolvers if not tag.endswith((":float", ":timestamp", ":int", ":bool"))
+        ]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -55,8 +63,19 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    re.compile(
+        r"^[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?$|^[-+]?[0-9]+[eE][-+]?[0-9]+$"
+        r"|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
+    ),
     list("-+0123456789."),
+)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9]*)$|^0x[0-9a-fA-F]+$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
 
 
@@ -114,11 +133,12 @@ def load_yaml(path: str | Path, _open: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """`new` over `old`: later wins, mappings merge, lists replace; a block that gets another `name` loses its old keys."""
+    """`new` over `old`: later wins, mappings merge, lists (and an empty mapping) replace; a block that gets another
+    `name` loses its old keys."""
     result = dict(old)
     for key, value in new.items():
         before = result.get(key)
-        if isinstance(before, dict) and isinstance(value, dict):
+        if isinstance(before, dict) and isinstance(value, dict) and value:
             renamed = "name" in value and "name" in before and value["name"] != before["name"]
             result[key] = merge({} if renamed else before, value)
         else:
@@ -134,7 +154,7 @@ def apply_sets(raw: dict[str, Any], sets: list[str]) -> dict[str, Any]:
         if not sign or not all(key.split(".")):
             raise UserError(f"--set {item}: expected key=value, for example --set trainer.max_steps=100")
         pairs.append((key.split("."), _parse_yaml(text, f"--set {item}")))
-    for keys, value in sorted(pairs, key=lambda pair: pair[0][-1] != "name"):
+    for keys, value in sorted(pairs, key=lambda pair: not _names_a_part(*pair)):
         delta: Any = value
         for position, key in reversed(list(enumerate(keys))):
             parent: Any = raw
@@ -147,29 +167,40 @@ def apply_sets(raw: dict[str, Any], sets: list[str]) -> dict[str, Any]:
     return raw
 
 
+def _names_a_part(keys: list[str], value: Any) -> bool:
+    return keys[-1] == "name" or (isinstance(value, dict) and "name" in value)
+
+
 def _suggest(key: str, known: list[str]) -> str:
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+
+
+_UNION_TAGS = ("int", "float", "str", "bool", "none", "tuple")
+"""pydantic puts the branch of a union that it tried into an error's path."""
 
 
 def _explain(error: ValidationError, prefix: str, model: type[BaseModel]) -> str:
     """The first problem of a validation, as one line that names the key."""
     first = error.errors()[0]
     path = [
-        str(part) for part in first["loc"] if not (isinstance(part, str) and ("[" in part or part == "function-after"))
+        str(part) for part in first["loc"] if isinstance(part, int) or (part.isidentifier() and part not in _UNION_TAGS)
     ]
     name = ".".join([prefix, *path] if prefix else path)
     if first["type"] == "extra_forbidden":
         return f"{name}: no such key; {_suggest(path[-1], _keys_at(model, path[:-1]))}"
     if first["type"] == "missing":
         return f"{name}: this key is needed and not set"
-    given = f", got {first['input']!r}" if not isinstance(first["input"], dict) else ""
     message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    said = isinstance(first["input"], dict) or first["type"] == "value_error"
+    given = "" if said else f", got {first['input']!r}"
     return f"{name}: {message}{given}"
 
 
 def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
     for part in path:
+        if part.isdigit():  # an entry of a list: its model was found with the list
+            continue
         annotation = model.model_fields[part].annotation if part in model.model_fields else None
         options = [annotation, *getattr(annotation, "__args__", ())]
         nested = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]

@@ -37,8 +37,9 @@ def write(folder, name, text):
 
 
 def test_numbers_follow_yaml_1_2(tmp_path):
-    path = write(tmp_path, "a.yaml", "a: 1e-3\nb: [.5, 2., +3e2, 7, -1]\nc: 2021-01-01\nd: 1_0\n")
-    assert load_yaml(path) == {"a": 0.001, "b": [0.5, 2.0, 300.0, 7, -1], "c": "2021-01-01", "d": 10}
+    path = write(tmp_path, "a.yaml", "a: 1e-3\nb: [.5, 2., +3e2, 7, -1]\nc: 2021-01-01\nd: 000010\ne: on\n")
+    expected = {"a": 0.001, "b": [0.5, 2.0, 300.0, 7, -1], "c": "2021-01-01", "d": "000010", "e": "on"}
+    assert load_yaml(path) == expected
 
 
 def test_later_files_win_mappings_merge_and_lists_replace(tmp_path):

@@ -29,6 +29,8 @@ def test_the_released_recipe_differs_from_the_corrected_one_in_these_switches_on
         "data.split",
         "data.augment.point_draw",
         "data.augment.scale_centre",
+        "data.augment.too_few",
+        "data.augment.joint_flip",
         "point_encoder.use_xyz",
         "point_encoder.ffps_range",
         "image_encoder.input",

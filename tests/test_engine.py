@@ -137,8 +137,7 @@ def test_a_run_leaves_what_the_readme_says(whole, cfg):
 
 def test_the_learning_rate_falls_once_an_epoch(whole):
     rates = [float(row["lr_image"]) for row in rows(whole)]
-    # The row of an epoch's last step shows the rate of the next: the schedule has moved by then.
-    assert rates == pytest.approx([0.03] * 3 + [0.015] * 4 + [0.0075] * 3)
+    assert rates == pytest.approx([0.03] * 4 + [0.015] * 4 + [0.0075] * 2)
 
 
 def test_the_resolved_configuration_gives_the_same_run(whole, tmp_path):
@@ -247,6 +246,10 @@ def test_a_damaged_or_foreign_checkpoint_is_named(whole, cfg, tmp_path, capsys):
     content = (whole / "checkpoints" / "last.ckpt").read_bytes()
     broken.write_bytes(content[: len(content) // 2])
     assert "damaged" in errors(capsys, "--cfg", cfg, "--out", tmp_path / "a", "--resume", broken)
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    broken.write_bytes(flipped)
+    assert "check sum" in errors(capsys, "--cfg", cfg, "--out", tmp_path / "a", "--resume", broken)
     torch.save({"state_dict": {}}, broken)
     assert "not a checkpoint of simipu3d" in errors(capsys, "--cfg", cfg, "--out", tmp_path / "b", "--resume", broken)
     other = torch.load(whole / "checkpoints" / "last.ckpt", weights_only=True)

@@ -7,9 +7,9 @@ from simipu3d.tools import inspect_data
 
 
 def test_pages_and_table_of_real_frames(samples, tmp_path, capsys):
-    """Other blocks of the configuration are ignored; every frame gives two pages and a line."""
+    """A `data:` block is enough; every frame gives two pages and a line."""
     config = tmp_path / "kitti.yaml"
-    config.write_text(f"data:\n  name: kitti\n  root: {samples / 'kitti'}\n  split: all\nmethod: {{name: unknown}}\n")
+    config.write_text(f"data:\n  name: kitti\n  root: {samples / 'kitti'}\n  split: all\n")
     out = tmp_path / "pages"
     assert inspect_data.main(["--cfg", str(config), "--num", "2", "--out", str(out)]) == 0
     pages = sorted(out.iterdir())

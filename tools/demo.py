@@ -17,6 +17,8 @@ from rich.table import Table
 from simipu3d.command_line import add_config_arguments, run
 from simipu3d.engine.pretrain import pretrain
 from simipu3d.engine.run import write_whole
+from simipu3d.engine.settings import load_pretrain_config
+from simipu3d.errors import UserError
 from simipu3d.export.image import export_image
 from simipu3d.pictures import save_png
 from simipu3d.probe.report import RunReport, report_run
@@ -46,6 +48,10 @@ def show(report: RunReport) -> None:
 def body(args: argparse.Namespace) -> None:
     """All steps in order."""
     start = time.perf_counter()
+    if load_pretrain_config(args.cfg, args.set).data.name != "drive_world":
+        raise UserError(
+            f"{args.cfg}: the demonstration needs depth and classes of every pixel, so data.name=drive_world"
+        )
     out = pretrain(args.cfg, args.set, out=args.out, resume="")
     trained = time.perf_counter()
     logging.getLogger("simipu3d.encoders").setLevel(logging.WARNING)  # from here on networks are built for probes only

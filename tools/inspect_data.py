@@ -14,21 +14,19 @@ from rich.console import Console
 from rich.table import Table
 
 from simipu3d.command_line import add_config_arguments, run
-from simipu3d.config import apply_sets, load_yaml, parse_part
 from simipu3d.data import module
 from simipu3d.data.augment import augment_frame
 from simipu3d.data.collate import collate
 from simipu3d.data.order import sample_seeds
+from simipu3d.engine.settings import load_data_config
 from simipu3d.errors import BadFrameError, UserError
 from simipu3d.pictures import save_png
 from simipu3d.pictures.frames import FrameFacts, frame_facts, frame_page, views_page
-from simipu3d.registry import READERS
 
 
 def inspect(args: argparse.Namespace) -> None:
     """Write the pages and print the table."""
-    raw = apply_sets(load_yaml(args.cfg), args.set)
-    config = parse_part("data", READERS, raw.get("data"))
+    config = load_data_config(args.cfg, args.set)
     reader = module.build_reader(config)
     if args.num < 1 or len(reader) == 0:
         raise UserError(f"nothing to draw: --num is {args.num}, and split {config.split} has {len(reader)} frames")

@@ -5,7 +5,7 @@ Shapes: N rows of this process, R rows of all processes that take part (R = N wi
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -88,27 +88,40 @@ def _globally_unique(values: Tensor) -> Tensor:
     return torch.where(values >= 0, values + dist.get_rank() * stride, values)
 
 
+class _AllGather(torch.autograd.Function):
+    """(n, ...) of every process as (processes, n, ...); the gradient of each part is summed over the processes."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient[dist.get_rank()]
+
+
 def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
     """Rows of all processes, in the order of the ranks, with their gradient.
 
     Args:
-        rows: (N, ...) of this process; N may differ between processes.
+        rows: (N, ...) of this process; N may differ between processes, and may be 0.
 
     Returns:
         all rows (R, ...), and where this process's own begin.
     """
-    from torch.distributed.nn.functional import all_gather
-
-    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
-    sizes = [int(count) for count in counts]
-    padding = rows.new_zeros((max(sizes) - len(rows), *rows.shape[1:]))
-    padded = torch.cat([rows, padding])
-    if rows.is_floating_point():
-        parts = all_gather(padded)
-    else:
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded)
+    mine = torch.tensor([len(rows), int(rows.requires_grad and torch.is_grad_enabled())], device=rows.device)
+    facts = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(facts, mine)
+    sizes = [int(fact[0]) for fact in facts]
+    padded = torch.cat([rows, rows.new_zeros((max(sizes) - len(rows), *rows.shape[1:]))])
+    if any(int(fact[1]) for fact in facts) and not padded.requires_grad:
+        # Rows without a gradient here (none at all, say): the others' backward still waits for this process's part.
+        padded.requires_grad_()
+    parts = _AllGather.apply(padded)
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]), sum(sizes[: dist.get_rank()])
 
 

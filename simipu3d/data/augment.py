@@ -34,11 +34,14 @@ def augment_frame(
 
     Points and images draw from streams of their own, so that a change of image settings leaves the point views alone.
     """
-    point_seeds, image_seeds = seeds.spawn(2)
+    point_seeds, image_seeds, joint_seeds = seeds.spawn(3)
     image_rng = np.random.default_rng(image_seeds)
+    mirrored = None
+    if config.joint_flip:
+        mirrored = bool(np.random.default_rng(joint_seeds).random() < config.flip_probability)
     return Sample(
-        views=draw_point_views(frame.points, config, np.random.default_rng(point_seeds)),
-        images=tuple(augment_image(camera, config.images, image_rng) for camera in frame.cameras),
+        views=draw_point_views(frame.points, config, np.random.default_rng(point_seeds), mirrored),
+        images=tuple(augment_image(camera, config.images, image_rng, mirrored) for camera in frame.cameras),
         frame_id=frame.frame_id,
         bad_frames=bad_frames,
     )

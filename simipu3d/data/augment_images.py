@@ -72,8 +72,10 @@ def change_colours(picture: Image.Image, config: ImageAugmentConfig, rng: np.ran
     return picture
 
 
-def augment_image(camera: Camera, config: ImageAugmentConfig, rng: np.random.Generator) -> ImageSample:
-    """One drawn view of a camera's image, with the matrix that moves its pixels.
+def augment_image(
+    camera: Camera, config: ImageAugmentConfig, rng: np.random.Generator, mirrored: bool | None = None
+) -> ImageSample:
+    """One drawn view of a camera's image, with the matrix that moves its pixels; `mirrored` takes the place of its coin.
 
     Resizing filters before it shrinks (Pillow's bilinear filter), so that no detail aliases.
     """
@@ -91,7 +93,8 @@ def augment_image(camera: Camera, config: ImageAugmentConfig, rng: np.random.Gen
         picture = picture.crop((left, top, left + width, top + height))
         matrix = crop_matrix(top, left) @ matrix
         size = (height, width)
-    if rng.random() < config.flip_probability:
+    own_coin = rng.random() < config.flip_probability
+    if own_coin if mirrored is None else mirrored:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         matrix = mirror_matrix(size[1]) @ matrix
     pixels = np.asarray(change_colours(picture, config, rng))

@@ -7,7 +7,15 @@ edges pixels.
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from simipu3d.config import PartConfig
 
@@ -70,10 +78,13 @@ class AugmentConfig(PartConfig):
     """
 
     num_points: PositiveInt | None = 16384
-    """Points drawn for a view (released code); a frame with fewer gives all it has; null: all."""
+    """Points drawn for a view (released code); null: all."""
     point_draw: Literal["per_view", "shared"] = "per_view"
     """`per_view`: each view draws its own points; `shared`: both get the same ones (released code; 30 % of the matched
     tokens are then the very same point)."""
+    too_few: Literal["all", "repeat"] = "all"
+    """A frame with fewer points than num_points gives all it has, or draws with repetition up to num_points (released
+    code)."""
     shuffle: bool = True
     """Each view gets its own order of points (released code); false: the reader's order."""
     augment_first_view: bool = False
@@ -92,6 +103,9 @@ class AugmentConfig(PartConfig):
     """Standard deviation of a shift along x, y and z, metres (released code: none)."""
     flip_probability: Probability = 0.5
     """Chance of a mirror y -> -y (released code)."""
+    joint_flip: bool = False
+    """One coin, of `flip_probability`, mirrors the second view and all images together (released code). Default: each
+    has its own."""
     images: ImageAugmentConfig = ImageAugmentConfig()
     """How images are changed."""
 
@@ -125,6 +139,13 @@ class DataConfig(PartConfig):
     """Draw a frame's points and transforms once: every epoch repeats the draws of epoch 0."""
     augment: AugmentConfig = AugmentConfig()
     """How two point views and one view of every image are drawn from a frame."""
+
+    @field_validator("cameras")
+    @classmethod
+    def _some_and_once(cls, cameras: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if cameras is not None and not 0 < len(cameras) == len(set(cameras)):
+            raise ValueError(f"name at least one camera, each once, got {list(cameras)}; null takes all")
+        return cameras
 
     def max_bad_frames(self, num_frames: int) -> int:
         """How many of `num_frames` frames may be bad before a run stops."""

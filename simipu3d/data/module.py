@@ -6,7 +6,8 @@ means.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -68,22 +69,34 @@ class PairDataset(Dataset[Sample | NoSample]):
         return len(self.reader)
 
     def __getitem__(self, key: Key) -> Sample | NoSample:
-        """The sample at a key; with `on_bad_frame: skip` a bad frame's place is taken by the rank's next one.
+        """The sample at a key; with `on_bad_frame: skip` a bad frame's place is taken by the rank's next one that is not
+        in the same batch, as long as there is one: two equal samples would be each other's false negatives.
 
         Only `BadFrameError` counts as a bad frame; everything else a reader raises is its bug and goes through.
         """
         epoch, position = key
         messages: list[str] = []
         tries = 1 if self.config.on_bad_frame == "raise" else self.config.max_bad_frames(len(self)) + 1
-        for _ in range(tries):
+        for candidate in islice(self._candidates(position), tries):
             try:
-                return self._read(epoch, position, tuple(messages))
+                return self._read(epoch, candidate, tuple(messages))
             except BadFrameError as error:
                 messages.append(str(error))
-            position += self.world_size
-            if position >= len(self):
-                position = self.rank
         return NoSample(tuple(messages))
+
+    def _candidates(self, position: int) -> Iterator[int]:
+        """`position`, then the positions of this rank that may stand in for it, each once: those after its batch, those
+        before it (each slot of the batch begins at another one), and at last the others of the batch itself."""
+        share = range(self.rank, len(self), self.world_size)
+        number, size = share.index(position), min(self.config.batch_size, len(share))
+        slot = number % size
+        first, outside = number - slot, len(share) - size
+        yield position
+        for step in range(outside):
+            yield share[(first + size + (slot + step) % outside) % len(share)]
+        for other in range(first, min(first + size, len(share))):
+            if other != number:
+                yield share[other]
 
     def _read(self, epoch: int, position: int, messages: tuple[str, ...]) -> Sample:
         index = int(epoch_order(self.seed, epoch, len(self))[position])

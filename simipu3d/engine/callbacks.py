@@ -67,6 +67,21 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
+def average_over_processes(names: list[str], values: Tensor) -> Tensor:
+    """(n,) from (processes, n): what is a mean over rows is weighted by each process's rows, a maximum stays one."""
+    column = {name: index for index, name in enumerate(names)}
+    result = values.mean(dim=0)
+    for name, index in column.items():
+        task, _, what = name.partition("_")
+        rows = column.get(f"{task}_rows")
+        if what in ("loss", "ceiling", "top1") and rows is not None:
+            weights = values[:, rows]
+            result[index] = (values[:, index] * weights).sum() / weights.sum().clamp(min=1)
+        if name.endswith("_max"):
+            result[index] = values[:, index].max()
+    return result
+
+
 class Metrics(Callback):
     """Every `log_every_n_steps`: losses and metrics (mean over processes), speed, memory, learning rates.
 
@@ -85,6 +100,10 @@ class Metrics(Callback):
             self.file = MetricsFile(self.run.path / "metrics.csv", trainer.global_step if self.resumed else None)
         self._last_step, self._frames, self._since = trainer.global_step, 0, time.perf_counter()
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        # After the step the schedule has moved on: these are the rates that the step is made with.
+        self._rates = {f"lr_{group['branch']}": group["lr"] for group in trainer.optimizers[0].param_groups}
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
@@ -94,12 +113,12 @@ class Metrics(Callback):
             return
         names = list(outputs["metrics"])
         values = torch.stack([outputs["metrics"][name].detach().float() for name in names])
-        values = trainer.strategy.reduce(values, reduce_op="mean")
+        values = average_over_processes(names, trainer.strategy.all_gather(values).reshape(-1, len(names)))
         elapsed = time.perf_counter() - self._since
         row: dict[str, Any] = {"epoch": trainer.current_epoch, "step": step}
         row |= dict(zip(names, values.tolist(), strict=True))
         row |= {"samples_per_second": self._frames / elapsed, "peak_memory_gb": peak_memory_gb()}
-        row |= {f"lr_{group['branch']}": group["lr"] for group in trainer.optimizers[0].param_groups}
+        row |= self._rates
         self._last_step, self._frames, self._since = step, 0, time.perf_counter()
         if self.file is not None:
             self.file.append(row)
@@ -138,7 +157,7 @@ class FiniteLoss(Callback):
         self._check(trainer)
 
     def _check(self, trainer: Trainer) -> None:
-        if self._broken is not None and self._broken > 0:
+        if self._broken is not None and trainer.strategy.reduce(self._broken, reduce_op="sum") > 0:
             raise UserError(
                 f"the loss is not finite (seen by step {trainer.global_step}); lower optim.*.lr, set "
                 "trainer.gradient_clip_val, or use trainer.precision=32-true; the last checkpoint is from before"

@@ -4,6 +4,7 @@ The branches (points, image, heads) may have different optimizers. They are one 
 that steps, clipping, accumulation, mixed precision and schedulers keep their meaning.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn as nn
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR, LinearLR, OneCycleLR, SequentialLR
+from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, MultiStepLR
 
 from simipu3d.config import PartConfig, parse_part
 from simipu3d.errors import UserError
@@ -154,6 +155,8 @@ def build_optimizer(branches: dict[str, nn.Module], config: OptimConfig) -> Comp
             group["branch"] = branch
         if groups:
             optimizers.append(OPTIMIZERS[own.name].target(groups, own))
+    if not optimizers:
+        raise UserError("nothing is left to train: every parameter is frozen; lower image_encoder.frozen_stages")
     return CompositeOptimizer(optimizers)
 
 
@@ -206,20 +209,26 @@ class StepsConfig(PartConfig):
     """Factor at each (mmdetection's default)."""
 
 
-def _warmed_up(optimizer: Optimizer, steps: int, after: Any) -> Any:
-    if steps == 0:
-        return after
-    return SequentialLR(optimizer, [LinearLR(optimizer, 0.01, total_iters=steps), after], milestones=[steps])
+def _follow(optimizer: Optimizer, curve: Callable[[int], float]) -> tuple[LambdaLR, str]:
+    """Learning rates times `curve(step)`. A function of the step and of the run's length alone: torch keeps no copy of it
+    in a checkpoint, so a resumed run with another max_steps follows the curve of its own length."""
+    return LambdaLR(optimizer, curve), "step"
+
+
+def _rise(step: int, warmup_steps: int) -> float:
+    """Linear from a hundredth to 1 over `warmup_steps`."""
+    return 1.0 if step >= warmup_steps else 0.01 + 0.99 * step / warmup_steps
+
+
+def _half_cosine(share: float) -> float:
+    """1 at share 0, 0 at share 1 and beyond."""
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
 @SCHEDULES.register("constant", config=ConstantConfig)
 def constant(optimizer: Optimizer, config: ConstantConfig, num_steps: int) -> tuple[Any, str]:
     """A scheduler and how often Lightning moves it ("step" or "epoch")."""
-    return _warmed_up(optimizer, config.warmup_steps, LambdaLR(optimizer, _one)), "step"
-
-
-def _one(_: int) -> float:
-    return 1.0
+    return _follow(optimizer, lambda step: _rise(step, config.warmup_steps))
 
 
 @SCHEDULES.register("exponential", config=ExponentialConfig)
@@ -231,28 +240,33 @@ def exponential(optimizer: Optimizer, config: ExponentialConfig, num_steps: int)
 @SCHEDULES.register("cosine", config=CosineConfig)
 def cosine(optimizer: Optimizer, config: CosineConfig, num_steps: int) -> tuple[Any, str]:
     """Moved every step; reaches zero with the last one."""
-    if config.warmup_steps >= num_steps:
-        raise UserError(f"schedule.warmup_steps: {config.warmup_steps} is not below the {num_steps} steps of the run")
-    after = CosineAnnealingLR(optimizer, T_max=num_steps - config.warmup_steps)
-    return _warmed_up(optimizer, config.warmup_steps, after), "step"
+    warmup = config.warmup_steps
+    if warmup >= num_steps:
+        raise UserError(
+            f"schedule.warmup_steps: {warmup} is not below the {num_steps} steps of the run; set schedule.warmup_steps=0 for "
+            "a short one"
+        )
+
+    def curve(step: int) -> float:
+        return _rise(step, warmup) if step < warmup else _half_cosine((step - warmup) / (num_steps - warmup))
+
+    return _follow(optimizer, curve)
 
 
 @SCHEDULES.register("onecycle", config=OneCycleConfig)
 def onecycle(optimizer: Optimizer, config: OneCycleConfig, num_steps: int) -> tuple[Any, str]:
-    """Moved every step. Momentum stays."""
-    highest = [group["lr"] for group in optimizer.param_groups]
-    # OneCycleLR wants one step more than it is moved, or its last move raises.
-    return OneCycleLR(
-        optimizer,
-        max_lr=highest,
-        total_steps=num_steps + 1,
-        pct_start=config.rise,
-        div_factor=1 / config.start_factor,
-        cycle_momentum=False,
-    ), "step"
+    """Moved every step: half a cosine up, half a cosine down to zero. Momentum stays."""
+    top = max(1.0, config.rise * num_steps)
+
+    def curve(step: int) -> float:
+        if step < top:
+            return 1 - (1 - config.start_factor) * _half_cosine(step / top)
+        return _half_cosine((step - top) / max(1.0, num_steps - top))
+
+    return _follow(optimizer, curve)
 
 
 @SCHEDULES.register("milestones", config=StepsConfig)
 def milestones(optimizer: Optimizer, config: StepsConfig, num_steps: int) -> tuple[Any, str]:
     """Moved once an epoch."""
-    return torch.optim.lr_scheduler.MultiStepLR(optimizer, list(config.milestones), config.gamma), "epoch"
+    return MultiStepLR(optimizer, list(config.milestones), config.gamma), "epoch"

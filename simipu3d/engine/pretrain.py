@@ -6,6 +6,7 @@ The way: `tools/pretrain.py` -> here -> `methods/simipu.py` -> `contrast/info_nc
 import logging
 import os
 import random
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -61,8 +62,23 @@ class PretrainModule(pl.LightningModule):
         return batch.to(device)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        self.bad_frames.add(batch.bad_frames)
+        self._agree_on_bad_frames(batch)
         seed_step(self.config.seed, self.global_step, batch_idx, self.global_rank)
+
+    def _agree_on_bad_frames(self, batch: Batch) -> None:
+        """Count the bad frames of all processes in every process, so that all stop with the same line, or none."""
+        found = [(list(batch.bad_frames), batch.num_frames)]
+        if self.trainer.world_size > 1:
+            anything = torch.tensor([float(bool(batch.bad_frames))], device=self.device)
+            if self.trainer.strategy.reduce(anything, reduce_op="sum").item():
+                found = [None] * self.trainer.world_size
+                torch.distributed.all_gather_object(found, (list(batch.bad_frames), batch.num_frames))
+        self.bad_frames.add([message for messages, _ in found for message in messages])
+        if any(num_frames < self.config.data.batch_size for _, num_frames in found):
+            raise UserError(
+                f"data.on_bad_frame: too few usable frames are left for batches of {self.config.data.batch_size} in one "
+                "process; lower data.batch_size, use fewer processes, or mend the frames"
+            )
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         metrics = self.method(batch)
@@ -95,6 +111,7 @@ class PretrainModule(pl.LightningModule):
             "git_commit": commit,
             "git_dirty": dirty,
             "num_samples": len(self.reader),
+            "world_size": self.trainer.world_size,
             "method": self.config.method,
             "config": self.config.to_plain(),
             "epoch": self.trainer.current_epoch,
@@ -105,8 +122,33 @@ class PretrainModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own = checkpoint["simipu3d"]
+        if own["num_samples"] != len(self.reader):
+            raise UserError(
+                f"data.root: holds {len(self.reader)} frames of the split, the run was made with {own['num_samples']}; its place "
+                "in the data cannot be found again; --init starts a new run from its weights"
+            )
         self.start = (own["position"][0], own["position"][1])
+        if own["world_size"] != self.trainer.world_size and self.start[1]:
+            self.start = self._place_for_other_processes(own, checkpoint["loops"]["fit_loop"])
         self.bad_frames.load_state_dict(own["bad_frames"])
+
+    def _place_for_other_processes(self, own: dict[str, Any], loop: dict[str, Any]) -> tuple[int, int]:
+        """Where a run of another number of processes goes on: behind the frames that were used, on a whole batch."""
+        epoch, batches = own["position"]
+        each = self.config.data.batch_size
+        full = own["num_samples"] // (each * self.trainer.world_size)
+        batches = min(full, -(-batches * own["world_size"] // self.trainer.world_size))
+        progress = loop["epoch_loop.batch_progress"]
+        progress["current"] = {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}
+        progress["is_last_batch"] = batches == full
+        log.info(
+            "%d processes instead of %d: at batch %d of epoch %d",
+            self.trainer.world_size,
+            own["world_size"],
+            batches,
+            epoch,
+        )
+        return (epoch + 1, 0) if batches == full else (epoch, batches)
 
 
 def seed_step(seed: int, step: int, batch: int, rank: int) -> None:
@@ -142,6 +184,17 @@ def load_weights(method: torch.nn.Module, path: Path) -> None:
             log.info("--init %s: %d tensors %s: %s", path, len(names), what, ", ".join(sorted(names)))
 
 
+def check_weights(method: torch.nn.Module, path: Path) -> None:
+    """Raise `UserError` when a run's checkpoint lacks a tensor of the method, or holds one of another shape."""
+    state, own = read_checkpoint(path)["state_dict"], method.state_dict()
+    wrong = [name for name, value in own.items() if getattr(state.get(f"method.{name}"), "shape", None) != value.shape]
+    if wrong:
+        raise UserError(
+            f"{path}: {len(wrong)} tensors are missing or have another shape ({', '.join(wrong[:4])}); the file was changed; "
+            f"use another of {path.resolve().parent}"
+        )
+
+
 def _check_devices(config: TrainerConfig) -> None:
     present = torch.cuda.device_count() if torch.cuda.is_available() else 0
     asked = config.accelerator in ("gpu", "cuda")
@@ -161,7 +214,8 @@ def _check_devices(config: TrainerConfig) -> None:
 def _quiet_lightning(first_process: bool) -> None:
     """Lightning's advertisements and its warnings about what this package does in its own way stay unsaid; of several
     processes one speaks."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     if not first_process:
         logging.getLogger("simipu3d").setLevel(logging.WARNING)
     for message in (
@@ -238,7 +292,7 @@ def pretrain(
     Raises:
         UserError: what the user can mend, in one line.
     """
-    if resume is not None and init is not None:
+    if resume and init is not None:
         raise UserError("--init: a resumed run has its weights already; leave out --init or --resume")
     first_process = pl.utilities.rank_zero_only.rank in (0, None)
     _quiet_lightning(first_process)
@@ -254,8 +308,10 @@ def pretrain(
     processes = (1 if config.trainer.devices == "auto" else config.trainer.devices) * config.trainer.num_nodes
     check_enough_frames(config.data, len(reader), processes)
     method = build_method(config, reader.point_columns)
-    if init is not None:
+    if init is not None and run.checkpoint is None:
         load_weights(method, init)
+    if run.checkpoint is not None:
+        check_weights(method, run.checkpoint)
     if first_process:
         reader.prepare()
         run.create(config.to_plain())
@@ -265,6 +321,13 @@ def pretrain(
     module = PretrainModule(config, method, reader, BadFrameLimit(config.data, len(reader)))
     try:
         build_trainer(config, run).fit(module, ckpt_path=run.checkpoint, weights_only=True)
+    except RuntimeError as error:
+        if not re.search(r"DataLoader worker.*(killed|exited)", str(error)):
+            raise
+        raise UserError(
+            "a data worker was killed, by a signal or for want of memory; go on with --resume, perhaps with another "
+            "data.num_workers"
+        ) from error
     finally:
         if first_process:
             os.environ.pop(OUT_VARIABLE, None)

@@ -11,10 +11,12 @@ pictures/              projected points, matched pairs, feature maps as colours
 import json
 import logging
 import os
+import pickle
 import platform
 import subprocess
 import sys
 import time
+import zipfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,11 @@ log = logging.getLogger(__name__)
 
 RESUMABLE_CHANGES = ("trainer.", "run.", "data.num_workers", "data.root")
 """Keys that may differ between a run and its continuation."""
+
+
+RUN_KEYS = {"config", "method", "global_step"}
+RESUME_KEYS = {*RUN_KEYS, "position", "bad_frames", "num_samples", "world_size"}
+"""What the `simipu3d` block of a checkpoint holds at least: to take weights from it, and to go on with the run."""
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -64,13 +71,25 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
+    way_out = f"use another of {path.resolve().parent}"
     try:
+        with zipfile.ZipFile(path) as archive:  # torch writes check sums and does not look at them
+            broken = archive.testzip()
+        if broken:
+            raise UserError(f"{path}: damaged: {broken} in it fails its check sum; {way_out}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path}: damaged, or not a checkpoint ({reason}); use another of {path.parent}") from error
-    if not isinstance(checkpoint, dict) or "simipu3d" not in checkpoint or "state_dict" not in checkpoint:
-        raise UserError(f"{path}: not a checkpoint of simipu3d pretrain; --init takes weights of other origin")
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        what = (
+            "holds more than tensors and plain values"
+            if isinstance(error, pickle.UnpicklingError)
+            else "cut or foreign"
+        )
+        raise UserError(f"{path}: damaged, or not a checkpoint ({what}); {way_out}") from error
+    own = checkpoint.get("simipu3d") if isinstance(checkpoint, dict) else None
+    if not isinstance(own, dict) or RUN_KEYS - own.keys() or "state_dict" not in checkpoint:
+        raise UserError(
+            f"{path}: not a checkpoint of simipu3d pretrain; weights of other origin go into image_encoder.pretrained"
+        )
     return checkpoint
 
 
@@ -97,17 +116,21 @@ class RunDirectory:
         self.pictures = path / "pictures"
         self.checkpoint: Path | None = None
         self.resumed_step: int | None = None
-        holds_run = (path / "config.yaml").exists() or self.last.exists()
+        # A run that died before its first row or checkpoint leaves nothing worth keeping.
+        metrics = path / "metrics.csv"
+        holds_run = self.last.exists() or (metrics.exists() and metrics.stat().st_size > 0)
         if resume is None and holds_run:
             raise UserError(f"{path}: holds a run already; continue it with --resume, or choose another --out")
+        if resume and holds_run and Path(resume).resolve().parent != self.checkpoints.resolve():
+            raise UserError(f"{path}: holds another run than {resume}; choose another --out")
         if resume:
             self.checkpoint = Path(resume)
         elif resume is not None and self.last.exists():
             self.checkpoint = self.last
         if self.checkpoint is not None:
             self._check_same_run(resolved)
-        elif holds_run and resume is not None:
-            log.info("%s holds no checkpoint yet: starting afresh", path)
+        elif resume is not None:
+            log.info("no checkpoint in %s: starting afresh", path)
 
     @property
     def last(self) -> Path:
@@ -115,7 +138,10 @@ class RunDirectory:
         return self.checkpoints / "last.ckpt"
 
     def _check_same_run(self, resolved: dict[str, Any]) -> None:
-        old = read_checkpoint(self.checkpoint)["simipu3d"]
+        checkpoint = read_checkpoint(self.checkpoint)
+        old = checkpoint["simipu3d"]
+        if {"optimizer_states", "lr_schedulers", "loops"} - checkpoint.keys() or RESUME_KEYS - old.keys():
+            raise UserError(f"{self.checkpoint}: holds weights but no state of a run; start from it with --init")
         self.resumed_step = old["global_step"]
         if old["config"]["method"] != resolved["method"]:
             raise UserError(
@@ -128,8 +154,8 @@ class RunDirectory:
         refused = [key for key in changes if not key.startswith(RESUMABLE_CHANGES)]
         if refused:
             raise UserError(
-                f"{self.checkpoint}: was made with another value of {', '.join(refused)}; only trainer.*, data.num_workers "
-                "and data.root may change on --resume; --init starts a new run from its weights"
+                f"{self.checkpoint}: was made with another value of {', '.join(refused)}; only trainer.*, run.*, "
+                "data.num_workers and data.root may change on --resume; --init starts a new run from its weights"
             )
 
     def create(self, resolved: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import simipu3d.data
 import simipu3d.encoders
 import simipu3d.methods  # noqa: F401  (the three fill the registries)
 from simipu3d.config import PartConfig, apply_sets, check_top_level, load_yaml, parse_block, parse_part, to_plain
+from simipu3d.encoders.image import ImageEncoderConfig
 from simipu3d.engine.optim import OptimConfig, parse_optim
 from simipu3d.errors import UserError
 from simipu3d.registry import METHODS, READERS, SCHEDULES
@@ -109,6 +110,42 @@ def parse_pretrain(raw: dict[str, Any], source: str) -> PretrainConfig:
     return config
 
 
+def with_default_names(raw: dict[str, Any]) -> dict[str, Any]:
+    """The same configuration with the names said that its blocks leave to the defaults, so that `--set` can tell when a
+    block's name changes."""
+    defaults = {"image_encoder": {"name": ImageEncoderConfig().name}}
+    optim = raw.get("optim")
+    if isinstance(optim, dict):
+        own = {
+            b: {"name": getattr(OptimConfig(), b).name}
+            for b in OptimConfig.model_fields
+            if isinstance(optim.get(b), dict)
+        }
+        defaults["optim"] = own
+    present = {block: names for block, names in defaults.items() if isinstance(raw.get(block), dict)}
+    return merge_defaults(present, raw)
+
+
+def merge_defaults(defaults: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
+    """`raw` with what it lacks of `defaults`."""
+    result = dict(raw)
+    for key, value in defaults.items():
+        if isinstance(value, dict) and isinstance(result.get(key), dict):
+            result[key] = merge_defaults(value, result[key])
+        else:
+            result.setdefault(key, value)
+    return result
+
+
+def load_data_config(path: str | Path, sets: list[str] | None = None) -> PartConfig:
+    """The `data:` block of a configuration; the other blocks are checked too, where the file has a method."""
+    raw = apply_sets(with_default_names(load_yaml(path)), sets or [])
+    if "method" in raw:
+        return parse_pretrain(raw, str(path)).data
+    check_top_level(raw, ["data"], str(path))
+    return parse_part("data", READERS, raw.get("data"))
+
+
 def load_pretrain_config(path: str | Path, sets: list[str] | None = None) -> PretrainConfig:
     """Read, merge and validate a configuration file."""
-    return parse_pretrain(apply_sets(load_yaml(path), sets or []), str(path))
+    return parse_pretrain(apply_sets(with_default_names(load_yaml(path)), sets or []), str(path))

@@ -11,7 +11,15 @@ from typing import Any, Literal
 
 import torch
 import torch.nn as nn
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, SerializeAsAny, field_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+    field_validator,
+    model_validator,
+)
 from torch import Tensor
 
 from simipu3d.config import PartConfig, parse_block, parse_part
@@ -81,6 +89,12 @@ class ContrastConfig(PartConfig):
     """Copies of the same lidar point are not each other's negatives. The released code keeps them."""
     head_norm: Literal["local", "sync"] = "local"
     """BatchNorm of the heads: each process's own statistics (released), or shared by all GPUs."""
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> "ContrastConfig":
+        if self.intra_weight == 0 and self.inter_weight == 0:
+            raise ValueError("intra_weight and inter_weight are both 0, so there is nothing to learn")
+        return self
 
 
 class SimIPUConfig(PartConfig):

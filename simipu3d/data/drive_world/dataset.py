@@ -22,7 +22,6 @@ from simipu3d.data.config import DataConfig
 from simipu3d.data.drive_world import cache, sensors
 from simipu3d.data.drive_world.materials import CLASS_NAMES
 from simipu3d.data.drive_world.scene import Scene, build_scene
-from simipu3d.errors import UserError
 from simipu3d.registry import READERS
 
 GENERATOR_VERSION = 1
@@ -68,9 +67,9 @@ class DriveWorldConfig(DataConfig):
     """Standard deviation of the cameras' noise, steps of 8 bits."""
     beams: PositiveInt = 64
     """Beams of the lidar (HDL-64, the lidar of KITTI)."""
-    azimuth_range_deg: Annotated[float, Field(gt=0, le=360)] = 86.0
-    """The sector that the lidar scans, its middle straight ahead; 360 is all round. Default: a little more than the
-    front camera sees."""
+    azimuth_range_deg: Annotated[float, Field(gt=0, le=360)] | None = None
+    """The sector that the lidar scans, its middle straight ahead; 360 is all round. null: 86, a little more than
+    the front camera sees, and all round with more cameras."""
     azimuth_step_deg: Annotated[float, Field(ge=0.02, le=10)] = 0.36
     """Degrees between two columns of the lidar. Default: about 8,500 points in the default picture."""
     elevation_range_deg: tuple[Annotated[float, Field(ge=-60, le=60)], Annotated[float, Field(ge=-60, le=60)]] = (
@@ -102,6 +101,12 @@ class DriveWorldConfig(DataConfig):
                     f"cameras: a rig of num_cameras={self.num_cameras} has no {camera!r}, it has {', '.join(known)}"
                 )
         return self
+
+    def azimuth_range(self) -> float:
+        """The lidar's sector, degrees."""
+        if self.azimuth_range_deg is not None:
+            return self.azimuth_range_deg
+        return 86.0 if self.num_cameras == 1 else 360.0
 
     def world_settings(self) -> dict[str, object]:
         """The keys that a frame depends on, as plain values."""
@@ -162,7 +167,7 @@ class DriveWorld:
             UserError: there is no cache, or it cannot be written.
         """
         if not self.config.cache:
-            raise UserError("data.cache: false keeps no frames, so there is nothing to prepare; set data.cache=true")
+            return 0
         step = self.config.frames_per_sequence
         missing = [index for index in range(len(self)) if not self._path(index).is_file()]
         sequences: dict[int, list[int]] = {}
@@ -218,7 +223,7 @@ class DriveWorld:
         world = scene.at(time)
         settings = sensors.LidarSettings(
             config.beams,
-            config.azimuth_range_deg,
+            config.azimuth_range(),
             config.azimuth_step_deg,
             config.elevation_range_deg,
             config.range_noise,

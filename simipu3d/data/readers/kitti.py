@@ -41,7 +41,7 @@ class KittiConfig(DataConfig):
     split: str = "train"
     """`train`, `val`, `trainval` or any other name: the frames of training/ that ImageSets/<name>.txt lists; `test`:
     those of testing/ (all of them without ImageSets/test.txt); `paper`: train + test, so the images without val
-    (SimIPU); `all`: every scan of training/, which needs no list."""
+    (SimIPU); `all`: every frame of training/, which needs no list."""
     split_file: Path | None = None
     """Read this list of ids, one a line, instead of ImageSets/<split>.txt. An id may name its folder:
     testing/000017."""
@@ -230,7 +230,11 @@ def _stems(folder: Path, suffix: str) -> set[str]:
 
 
 def _every_frame(config: KittiConfig, part: str) -> list[str]:
-    frame_ids = [f"{part}/{stem}" for stem in sorted(_stems(config.root / part / config.points_folder, "bin"))]
+    # Every file names its frame: one whose scan alone is missing must be told, not passed over.
+    image_folder = config.cameras[0] if config.cameras else "image_2"
+    folders = {config.points_folder: "bin", image_folder: "png", "calib": "txt"}
+    stems = set().union(*(_stems(config.root / part / folder, suffix) for folder, suffix in folders.items()))
+    frame_ids = [f"{part}/{stem}" for stem in sorted(stems)]
     if not frame_ids:
         raise UserError(
             f"{config.root / part / config.points_folder}: holds no .bin file; unpack the KITTI velodyne download"
