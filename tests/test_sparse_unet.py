@@ -272,6 +272,16 @@ def test_moving_the_scene_by_16_voxels_moves_the_tokens(output, steps):
     torch.testing.assert_close(here.xyz + shift[:3], there.xyz, atol=1e-4, rtol=0)
 
 
+def test_scenes_far_from_each_other_share_a_small_grid():
+    """Every scene is moved on its own; one move for all would make the grid as large as the distance between them."""
+    near, far = random_scene(1), random_scene(1) + torch.tensor([4000.0, -4000.0, 0, 0])
+    voxels, point_voxel = build().voxelize(make_view(near, far))
+    assert max(voxels.spatial_shape) <= 48
+    first, second = voxels.voxel_bzyx.tensor_split(2)
+    assert torch.equal(first[:, 1:], second[:, 1:])
+    assert torch.equal(point_voxel[: len(near)] + len(first), point_voxel[len(near) :])
+
+
 def test_the_phase_within_16_voxels_matters():
     """One voxel further, parents are others: the shift of a scene must not hide that."""
     net = randomise_norms(build(num_tokens=5000)).eval()
@@ -367,7 +377,7 @@ def test_steps_repeat_bit_for_bit():
 @pytest.mark.parametrize(("output", "stride"), [("full", 1), ("encoder", 16)])
 def test_a_token_is_the_mean_of_the_points_of_its_cell(output, stride):
     net = build(output=output, num_tokens=5000, point_range=[-9, -9, -9, 9, 9, 9]).eval()
-    scenes = [random_scene(seed, low=(-10.0, -8.0, -3.0), high=(7.0, 8.0, 4.0)) for seed in (5, 6)]
+    scenes = [random_scene(seed, low=(-10.0, -8.0, -3.0), high=(8.0, 10.0, 4.0)) for seed in (5, 6)]
     tokens = net(make_view(*scenes))
     expected = []
     for item, scene in enumerate(scenes):
@@ -453,4 +463,6 @@ def test_a_real_frame(samples):
     assert len(point_voxel.unique()) == len(voxels)
     cells = len(np.unique(np.floor(points[:, :3].astype(np.float64) / 0.1 / 16), axis=0))
     assert len(tokens.xyz) == min(cells, 1024)
-    assert (tokens.xyz.amin(0) < torch.tensor([-50, -30, 0])).all()
+    reach = view.points[:, :3].aminmax(dim=0)
+    assert (tokens.xyz.amin(0) - reach.min < 5).all()
+    assert (reach.max - tokens.xyz.amax(0) < 5).all()
