@@ -1,10 +1,10 @@
-"""A small method and small batches that several tests share."""
+"""A small method, small batches and small scenes that several tests share."""
 
 import numpy as np
 import torch
 
 from simipu3d.config import merge
-from simipu3d.contracts.batch import Batch
+from simipu3d.contracts.batch import Batch, PointView
 from simipu3d.contracts.frame import Camera, Frame
 from simipu3d.data.augment import augment_frame
 from simipu3d.data.collate import collate
@@ -60,3 +60,38 @@ def small_method(**changes: dict) -> SimIPU:
     raw = merge(BLOCKS, changes)
     torch.manual_seed(0)
     return SimIPU(SimIPU.parse_blocks(raw), point_columns=COLUMNS)
+
+
+def randomise_norms(net: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Statistics of a trained network: a lost or swapped one shows."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            for tensor, low, high in (
+                (module.weight, 0.5, 1.5),
+                (module.bias, -0.2, 0.4),
+                (module.running_mean, -0.3, 0.3),
+                (module.running_var, 0.5, 2.0),
+            ):
+                tensor.data.uniform_(low, high, generator=generator)
+    return net
+
+
+def make_view(*scenes: torch.Tensor) -> PointView:
+    """A view of scenes (N, 4) that nothing has augmented."""
+    scenes = [torch.as_tensor(scene, dtype=torch.float32).view(-1, 4) for scene in scenes]
+    sizes = torch.tensor([len(scene) for scene in scenes])
+    batch_index = torch.arange(len(scenes)).repeat_interleave(sizes)
+    source_index = torch.cat([torch.arange(len(scene)) for scene in scenes])
+    return PointView(
+        torch.cat(scenes), batch_index, source_index, torch.eye(4, dtype=torch.float64).expand(len(scenes), 4, 4)
+    )
+
+
+def random_scene(seed: int, num: int = 400, low=(-4.0, -2.0, -2.0), high=(4.0, 4.0, 4.0)) -> torch.Tensor:
+    """Points with coordinates on a grid of 1/256 m, so that sums of them are exact."""
+    generator = torch.Generator().manual_seed(seed)
+    low, high = torch.tensor(low), torch.tensor(high)
+    xyz = low + (high - low) * torch.rand(num, 3, generator=generator)
+    xyz = (xyz * 256).floor() / 256
+    return torch.cat([xyz, torch.rand(num, 1, generator=generator)], 1)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from helpers import make_view, random_scene, randomise_norms
 from torch.nn import functional as F
 
 from simipu3d.config import parse_part
-from simipu3d.contracts.batch import PointView
 from simipu3d.encoders.sparse import SparseTensor
 from simipu3d.encoders.sparse.tensor import linear_key
 from simipu3d.encoders.voxel_backbone import VoxelBackbone8x, VoxelResBackbone8x
@@ -23,40 +23,6 @@ def build(name, columns=("x", "y", "z", "intensity"), **keys):
     torch.manual_seed(0)
     block = {"name": name, "sparse_backend": "torch", **SMALL, **keys}
     return entry.target(parse_part("point_encoder", POINT_ENCODERS, block), point_columns=columns)
-
-
-def randomise_norms(net, seed=0):
-    """Statistics of a trained network: a lost or swapped one shows."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm1d):
-            for tensor, low, high in (
-                (module.weight, 0.5, 1.5),
-                (module.bias, -0.2, 0.4),
-                (module.running_mean, -0.3, 0.3),
-                (module.running_var, 0.5, 2.0),
-            ):
-                tensor.data.uniform_(low, high, generator=generator)
-    return net
-
-
-def make_view(*scenes):
-    scenes = [torch.as_tensor(scene, dtype=torch.float32).view(-1, 4) for scene in scenes]
-    sizes = torch.tensor([len(scene) for scene in scenes])
-    batch_index = torch.arange(len(scenes)).repeat_interleave(sizes)
-    source_index = torch.cat([torch.arange(len(scene)) for scene in scenes])
-    return PointView(
-        torch.cat(scenes), batch_index, source_index, torch.eye(4, dtype=torch.float64).expand(len(scenes), 4, 4)
-    )
-
-
-def random_scene(seed, num=400, low=(-4.0, -2.0, -2.0), high=(4.0, 4.0, 4.0)):
-    """Points with coordinates on a grid of 1/256 m, so that sums of them are exact."""
-    generator = torch.Generator().manual_seed(seed)
-    low, high = torch.tensor(low), torch.tensor(high)
-    xyz = low + (high - low) * torch.rand(num, 3, generator=generator)
-    xyz = (xyz * 256).floor() / 256
-    return torch.cat([xyz, torch.rand(num, 1, generator=generator)], 1)
 
 
 def expected_shapes(columns, residual, bias, output_conv):

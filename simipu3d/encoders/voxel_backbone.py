@@ -30,9 +30,7 @@ from simipu3d.encoders.sparse import (
 )
 from simipu3d.encoders.sparse.layers import SparseConvolution
 from simipu3d.encoders.sparse.tensor import Triple, find_rows, linear_key
-from simipu3d.ops.backend import offsets_from_batch_index
-from simipu3d.ops.farthest_point import farthest_point_sample
-from simipu3d.ops.scatter import scatter_reduce
+from simipu3d.encoders.voxel_tokens import tokens_at_sites
 from simipu3d.ops.voxelize import grid_size, voxelize
 from simipu3d.registry import POINT_ENCODERS
 
@@ -159,16 +157,7 @@ class _VoxelBackbone(nn.Module):
         voxels, in_range = self.voxelize(view)
         conv4 = self.stages(voxels)[-1]
         point_site = self.owners(view, conv4).masked_fill(~in_range, -1)
-        owned = (point_site >= 0).nonzero().flatten()
-        sites, token = torch.unique(point_site.index_select(0, owned), return_inverse=True)
-        xyz = scatter_reduce(view.points[:, :3].index_select(0, owned), token, len(sites), "mean")
-        batch_index = conv4.voxel_bzyx[:, 0].index_select(0, sites)
-        offsets = offsets_from_batch_index(batch_index, view.num_frames)
-        # unique() sorts, and drops a row that farthest point sampling takes twice where tokens share a place.
-        taken = farthest_point_sample(xyz, offsets, self.config.num_tokens).unique()
-        sites, batch_index = sites.index_select(0, taken), batch_index.index_select(0, taken)
-        features = conv4.features.index_select(0, sites)
-        return PointTokens(xyz.index_select(0, taken), features, batch_index, torch.full_like(batch_index, -1))
+        return tokens_at_sites(view, conv4, point_site, self.config.num_tokens)
 
     def voxelize(self, view: PointView) -> tuple[SparseTensor, Tensor]:
         """The view's voxels with the mean of their points' columns, and which points (N,) lie in `point_range`."""
