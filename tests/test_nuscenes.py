@@ -1,5 +1,6 @@
 """Laws of the nuScenes reader: a made-up drive past standing landmarks, and the real key frame where there is one."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -495,8 +496,8 @@ def test_real_points_fall_where_they_are_known_to_fall(samples):
         u, v = pixels.unbind(dim=1)
         counted[camera.name] = int(((depth > 1) & (u > 1) & (u < 1599) & (v > 1) & (v < 899)).sum())
     assert counted == expected
-    assert frame.points[:, 3].min() == 0
-    assert frame.points[:, 3].max() == 1
+    assert 0 <= frame.points[:, 3].min() < 0.01
+    assert 0.9 < frame.points[:, 3].max() <= 1
 
 
 def test_real_boxes_hold_their_points(samples):
@@ -555,6 +556,7 @@ def test_pre_training_runs_on_the_real_key_frame(samples, tmp_path):
         ],
         out=tmp_path / "run",
     )
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "loss" in row][-1] == 2
-    assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
+    with open(out / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["1", "2"]
+    assert all(np.isfinite(float(row[name])) for row in rows for name in ("intra_loss", "inter_loss"))

@@ -5,10 +5,10 @@ that turns its length axis x; velocities follow from its neighbours in time. Ins
 height) and yaw counter-clockwise from +x. Shapes: N annotations of all frames, K of one.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,106 +112,116 @@ def read_annotations(
     """
     path = folder / "sample_annotation.json"
     frame_of = {token: frame for frame, token in enumerate(tokens)}
-    is_empty, rows = True, []
-    for row in read_rows(path, COLUMNS):
+    # Numbers go into arrays and each word is kept once: rows as Python objects would take a gigabyte.
+    integers, geometry = array("q"), array("d")
+    token_ids: dict[str, int] = {"": 0}
+    instances: dict[str, int] = {}
+    attributes: dict[tuple[str, ...], int] = {}
+    is_empty = True
+    for token, sample, instance, own, translation, size, rotation, before, after, num_points in read_rows(
+        path, COLUMNS
+    ):
         is_empty = False
-        if row[1] in frame_of:
-            rows.append((frame_of[row[1]], *row))
-    if is_empty:
-        return None
-    rows.sort(key=lambda row: row[0])
-    frame = np.array([row[0] for row in rows], dtype=np.int64)
-    center, size, rotation = _geometry(path, rows)
-    velocity = _velocities(path, rows, center, timestamps[frame] * 1e-6)
-    name, class_names = _classes(folder, [row[3] for row in rows], keep_others)
-    attribute, attribute_names = _attributes(folder, [row[4] for row in rows])
-    kept = name >= 0
-    return Annotations(
-        start=np.searchsorted(frame[kept], np.arange(len(tokens) + 1)),
-        center=center[kept],
-        size=size[kept],
-        rotation=rotation[kept],
-        velocity=velocity[kept],
-        name=name[kept],
-        attribute=attribute[kept],
-        num_points=np.array([row[10] for row in rows], dtype=np.int64)[kept],
-        class_names=class_names,
-        attribute_names=attribute_names,
-    )
-
-
-def _geometry(path: Path, rows: list[tuple[Any, ...]]) -> tuple[NDArray, NDArray, NDArray]:
-    values = np.zeros((len(rows), 10))
-    for index, row in enumerate(rows):
-        token, translation, size, rotation = row[1], row[5], row[6], row[7]
+        if sample not in frame_of:
+            continue
         check_pose(path, token, translation, rotation)
         if len(size) != 3 or min(size) <= 0:
             raise UserError(f"{path}: token {token}: size {size} is no width, length and height above 0; {WAY_OUT}")
-        values[index] = [*translation, *size, *rotation]
-    return values[:, :3], values[:, 3:6], values[:, 6:]
+        geometry.extend((*translation, *size, *rotation))
+        integers.extend((frame_of[sample], num_points))
+        integers.append(instances.setdefault(instance, len(instances)))
+        integers.append(attributes.setdefault(tuple(own), len(attributes)))
+        integers.extend(token_ids.setdefault(word, len(token_ids)) for word in (token, before, after))
+    if is_empty:
+        return None
+    rows = np.array(integers, dtype=np.int64).reshape(-1, 7)
+    values = np.array(geometry, dtype=np.float64).reshape(-1, 10)
+    order = np.argsort(rows[:, 0], kind="stable")
+    rows, values = rows[order], values[order]
+    velocity = _velocities(path, rows[:, 4:], list(token_ids), values[:, :3], timestamps[rows[:, 0]] * 1e-6)
+    class_names, name_of_instance = _classes(folder, list(instances), keep_others)
+    name = name_of_instance[rows[:, 2]]
+    kept = name >= 0
+    return Annotations(
+        start=np.searchsorted(rows[kept, 0], np.arange(len(tokens) + 1)),
+        center=values[kept, :3],
+        size=values[kept, 3:6],
+        rotation=values[kept, 6:],
+        velocity=velocity[kept],
+        name=name[kept],
+        attribute=rows[kept, 3],
+        num_points=rows[kept, 1],
+        class_names=class_names,
+        attribute_names=_attributes(folder, list(attributes)),
+    )
 
 
 def _velocities(
-    path: Path, rows: list[tuple[Any, ...]], center: NDArray[np.float64], time: NDArray[np.float64]
+    path: Path,
+    links: NDArray[np.int64],
+    tokens: list[str],
+    center: NDArray[np.float64],
+    time: NDArray[np.float64],
 ) -> NDArray[np.float64]:
     """(N, 3) metres a second: from the annotation of the same object before to the one after, where both or one exist.
 
+    Args:
+        path: the table, for messages.
+        links: (N, 3) each annotation's own token, the one before and the one after, as index into `tokens`; 0: none.
+        tokens: the words.
+        center: (N, 3) metres.
+        time: (N,) seconds.
+
     Source: nuScenes' development kit, `NuScenes.box_velocity`.
     """
-    place = {row[1]: index for index, row in enumerate(rows)}
-    ends = np.empty((2, len(rows)), dtype=np.int64)
-    for index, row in enumerate(rows):
-        for side, token in enumerate((row[8], row[9])):
-            if token and token not in place:
-                raise UserError(
-                    f"{path}: token {row[1]}: its neighbour {token} is not among the annotations of its scene; "
-                    f"{WAY_OUT}, or set data.load_boxes=false"
-                )
-            ends[side, index] = place[token] if token else index
-    first, last = ends
-    here = np.arange(len(rows))
+    here = np.arange(len(links))
+    place = np.full(len(tokens), -1, dtype=np.int64)
+    place[links[:, 0]] = here
+    ends = np.where(links[:, 1:] == 0, here[:, None], place[links[:, 1:]])
+    if (ends < 0).any():
+        row, side = (int(index) for index in np.argwhere(ends < 0)[0])
+        raise UserError(
+            f"{path}: token {tokens[links[row, 0]]}: its neighbour {tokens[links[row, 1 + side]]} is not among the "
+            f"annotations of its scene; {WAY_OUT}, or set data.load_boxes=false"
+        )
+    first, last = ends.T
     limit = MAX_TIME_DIFF * np.where((first != here) & (last != here), 2, 1)
     span = time[last] - time[first]
     known = (span > 0) & (span <= limit)
-    velocity = np.full((len(rows), 3), np.nan)
+    velocity = np.full((len(links), 3), np.nan)
     velocity[known] = (center[last] - center[first])[known] / span[known, None]
     return velocity
 
 
-def _classes(folder: Path, instances: list[str], keep_others: bool) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """(N,) index into the names that come with it; -1 for a box that is dropped."""
+def _classes(folder: Path, instances: list[str], keep_others: bool) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """Names of classes, and the index of each instance's among them; -1 for an object whose boxes are dropped."""
     category_name = dict(read_rows(folder / "category.json", ("token", "name")))
-    wanted = set(instances)
-    class_of: dict[str, str] = {}
+    class_of = dict.fromkeys(instances, "")
     for token, category in read_rows(folder / "instance.json", ("token", "category_token")):
-        if token in wanted:
+        if token in class_of:
             if category not in category_name:
                 raise UserError(
                     f"{folder / 'instance.json'}: token {token}: its category {category} is not in category.json; "
                     f"{WAY_OUT}"
                 )
-            name = category_name[category]
-            class_of[token] = DETECTION_CLASSES.get(name, name if keep_others else "")
-    absent = wanted - class_of.keys()
+            class_of[token] = category_name[category]
+    absent = [instance for instance, category in class_of.items() if not category]
     if absent:
         raise UserError(
-            f"{folder / 'sample_annotation.json'}: its instance {min(absent)} is not in instance.json; {WAY_OUT}"
+            f"{folder / 'sample_annotation.json'}: its instance {absent[0]} is not in instance.json; {WAY_OUT}"
         )
-    names = tuple(sorted(set(class_of.values()) - {""}))
-    index_of = {"": -1, **{name: index for index, name in enumerate(names)}}
-    return np.array([index_of[class_of[instance]] for instance in instances], dtype=np.int64), names
+    classes = [DETECTION_CLASSES.get(name, name if keep_others else None) for name in class_of.values()]
+    names = tuple(sorted({name for name in classes if name is not None}))
+    index_of = {None: -1, **{name: index for index, name in enumerate(names)}}
+    return names, np.array([index_of[name] for name in classes], dtype=np.int64)
 
 
-def _attributes(folder: Path, tokens: list[list[str]]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """(N,) index into the words that come with it; several attributes of one box are joined, none is "" ."""
+def _attributes(folder: Path, sets: list[tuple[str, ...]]) -> tuple[str, ...]:
+    """The words of each set of attribute tokens; an empty set is the empty word."""
     name_of = dict(read_rows(folder / "attribute.json", ("token", "name")))
-    words: dict[str, int] = {}
-    indices = []
-    for own in tokens:
-        for token in own:
-            if token not in name_of:
-                raise UserError(
-                    f"{folder / 'sample_annotation.json'}: its attribute {token} is not in attribute.json; {WAY_OUT}"
-                )
-        indices.append(words.setdefault(", ".join(name_of[token] for token in own), len(words)))
-    return np.array(indices, dtype=np.int64), tuple(words)
+    for token in (token for tokens in sets for token in tokens):
+        if token not in name_of:
+            raise UserError(
+                f"{folder / 'sample_annotation.json'}: its attribute {token} is not in attribute.json; {WAY_OUT}"
+            )
+    return tuple(", ".join(name_of[token] for token in tokens) for tokens in sets)
