@@ -362,7 +362,10 @@ TABLE_DAMAGES = {
         one("calibrated_sensor", "sensor_token", "s-none"),
         ("calibrated_sensor.json", "its sensor s-none is not in sensor.json"),
     ),
-    "no such camera in the release": (drop("sensor", "s-CAM_FRONT_LEFT"), ("sensor.json", "")),
+    "no such camera in the release": (
+        drop("sensor", "s-CAM_FRONT_LEFT"),
+        ("sensor.json", "has no sensor CAM_FRONT_LEFT", "RADAR_FRONT", "data.cameras"),
+    ),
     "pose that matches nothing": (drop("ego_pose", KEY), ("ego_pose.json", KEY, "samples/LIDAR_TOP")),
     "pose of NaN": (one("ego_pose", "translation", [1.0, float("nan"), 0.0], 0), ("ego_pose.json", "token p-LIDAR")),
     "no unit quaternion": (one("ego_pose", "rotation", [1.0, 1.0, 0.0, 0.0], 0), ("ego_pose.json", "unit quaternion")),
@@ -370,6 +373,11 @@ TABLE_DAMAGES = {
     "samples out of order": (
         one("sample", "timestamp", times(0)[0] - 1, 1),
         ("sample.json", "scene-0103", "timestamps out of order", "scene-0103-1"),
+    ),
+    "a word for a time": (one("sample_data", "timestamp", "noon", 0), ("sample_data.json", "'noon' is no integer")),
+    "no samples": (
+        lambda root: edit(root, "scene", lambda rows: [{**row, "first_sample_token": ""} for row in rows]),
+        ("sample.json", "holds no sample"),
     ),
     "sample that is not there": (one("sample", "next", "nowhere", 0), ("sample.json", "scene-0103", "nowhere")),
     "key frame far from its sample": (

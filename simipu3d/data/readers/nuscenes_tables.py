@@ -30,6 +30,13 @@ MAX_OFFSET = 500_000
 SEPARATORS = re.compile(r"[\s,]*")
 WAY_OUT = "unpack the release's metadata archive again"
 
+SENSOR_COLUMNS = ("token", "sensor_token", "translation", "rotation", "camera_intrinsic")
+SAMPLE_COLUMNS = ("token", "timestamp", "next", "scene_token")
+RECORD_COLUMNS = (
+    *("token", "sample_token", "ego_pose_token", "calibrated_sensor_token"),
+    *("timestamp", "is_key_frame", "height", "width", "filename", "prev"),
+)
+
 
 def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     """The values of at least two `columns`, row after row of one table, without holding the table.
@@ -112,6 +119,11 @@ def check_pose(path: Path, token: str, translation: Any, quaternion: Any) -> Non
         )
 
 
+def _check_timestamp(path: Path, token: str, timestamp: Any) -> None:
+    if not isinstance(timestamp, int):
+        raise UserError(f"{path}: token {token}: timestamp {timestamp!r} is no integer of microseconds; {WAY_OUT}")
+
+
 class Sensor(NamedTuple):
     """A row of calibrated_sensor.
 
@@ -171,24 +183,8 @@ class KeyFrames:
 
 def read_scenes(folder: Path) -> dict[str, tuple[str, str]]:
     """Name of each scene -> its token and the token of its first sample."""
-    return {name: (token, first) for name, token, first in read_rows(folder / "scene.json", SCENE_COLUMNS)}
-
-
-SCENE_COLUMNS = ("name", "token", "first_sample_token")
-SENSOR_COLUMNS = ("token", "sensor_token", "translation", "rotation", "camera_intrinsic")
-SAMPLE_COLUMNS = ("token", "timestamp", "next", "scene_token")
-RECORD_COLUMNS = (
-    "token",
-    "sample_token",
-    "ego_pose_token",
-    "calibrated_sensor_token",
-    "timestamp",
-    "is_key_frame",
-    "height",
-    "width",
-    "filename",
-    "prev",
-)
+    columns = ("name", "token", "first_sample_token")
+    return {name: (token, first) for name, token, first in read_rows(folder / "scene.json", columns)}
 
 
 def read_key_frames(folder: Path, scene_names: Sequence[str], cameras: Sequence[str], with_sweeps: bool) -> KeyFrames:
@@ -206,6 +202,8 @@ def read_key_frames(folder: Path, scene_names: Sequence[str], cameras: Sequence[
     scenes = read_scenes(folder)
     samples = _read_samples(folder / "sample.json", [(name, *scenes[name]) for name in scene_names])
     sensors, sensor_index = _read_sensors(folder, (LIDAR, *cameras))
+    if not samples:
+        raise UserError(f"{folder / 'sample.json'}: holds no sample of the chosen scenes; {WAY_OUT}")
     frame_of = {token: frame for frame, (token, _, _) in enumerate(samples)}
     rows = _read_records(folder / "sample_data.json", frame_of, sensors, sensor_index, with_sweeps)
     record_of = {row.token: record for record, row in enumerate(rows)}
@@ -253,6 +251,7 @@ def _read_samples(path: Path, scenes: list[tuple[str, str, str]]) -> list[tuple[
             if token not in rows:
                 raise UserError(f"{path}: {name}: its sample {token} is not in the table; {WAY_OUT}")
             timestamp, following, _ = rows[token]
+            _check_timestamp(path, token, timestamp)
             if timestamp <= before:
                 raise UserError(
                     f"{path}: {name}: timestamps out of order: sample {token} at {timestamp} follows one at {before}; "
@@ -329,6 +328,7 @@ def _read_records(
         if sensor < 0:
             continue
         channel = sensors[sensor].channel
+        _check_timestamp(path, token, timestamp)
         if is_key_frame or (with_sweeps and channel == LIDAR):
             frame, size = frame_of[sample], (height or 0, width or 0)
             records.append(
