@@ -156,7 +156,6 @@ def test_names_times_and_the_choice_of_cameras(drive):
     for camera in frame.cameras:
         assert np.array_equal(camera.image, by_name[camera.name].image)
         assert np.array_equal(camera.camera_from_lidar, by_name[camera.name].camera_from_lidar)
-    assert len(open_nuscenes(drive, cameras=[])[0].cameras) == 0
 
 
 def test_filters_keep_what_the_definition_keeps(drive):
@@ -287,7 +286,7 @@ def test_splits_and_lists(drive, tmp_path):
         ({"split": "nonsense"}, ("data.split", "mini_val")),
         ({"split": "val", "split_file": tmp_path / "none.txt"}, ("none.txt", "no such list")),
         ({"cameras": ["CAM_TOP"]}, ("data.cameras", "CAM_FRONT", "CAM_TOP")),
-        ({"cameras": ["CAM_BACK", "CAM_BACK"]}, ("cameras names CAM_BACK twice",)),
+        ({"cameras": ["CAM_BACK", "CAM_BACK"]}, ("data.cameras", "each once")),
         ({"version": "v1.0-test", "split": "test"}, ("v1.0-test/scene.json", "no such table")),
     ):
         with pytest.raises(UserError) as error:

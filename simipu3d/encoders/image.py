@@ -151,9 +151,10 @@ class ImageEncoder(nn.Module):
         self.train()
         self._add_normalisation()
         logger.info(
-            "image encoder %s: matched map %s; tensors that do not run: %s",
+            "image encoder %s: matched map of stride %d, %d channels; tensors that do not run: %s",
             config.name,
-            self.maps[-1],
+            self.maps[-1].stride,
+            self.maps[-1].channels,
             some_names(self.untrained),
         )
 

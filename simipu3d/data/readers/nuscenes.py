@@ -80,10 +80,8 @@ class NuScenesConfig(DataConfig):
         if self.point_range is not None:
             for axis in range(3):
                 check_range("point_range along " + "xyz"[axis], self.point_range[axis], self.point_range[axis + 3])
-        for key in ("cameras", "features"):
-            names = getattr(self, key) or ()
-            if len(set(names)) < len(names):
-                raise ValueError(f"{key} names {next(name for name in names if names.count(name) > 1)} twice")
+        if len(set(self.features)) < len(self.features):
+            raise ValueError(f"features names a column twice: {list(self.features)}")
         if self.split == "all" and self.split_file is not None:
             raise ValueError("split all reads no list; remove split_file, or set split to another name")
         return self
