@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
 from torch import Tensor
 
 from simipu3d.contracts.batch import Batch
@@ -193,6 +193,18 @@ class Checkpoints(Checkpoint):
         if step % self.every_steps == 0 or step >= trainer.estimated_stepping_batches:
             trainer.save_checkpoint(self.run.last)
             self._saved = step
+
+
+class Progress(RichProgressBar):
+    """Lightning's bar of an epoch, beside the step of the whole run."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"epoch {current_epoch}"
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return {"step": f"{trainer.global_step}/{trainer.estimated_stepping_batches}", **metrics}
 
 
 class Pictures(Callback):

@@ -15,7 +15,6 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -23,7 +22,7 @@ import simipu3d
 from simipu3d.contracts.batch import Batch
 from simipu3d.contracts.frame import FrameReader
 from simipu3d.data.module import BadFrameLimit, build_reader, check_enough_frames, make_loader
-from simipu3d.engine.callbacks import Checkpoints, FiniteLoss, Metrics, Pictures
+from simipu3d.engine.callbacks import Checkpoints, FiniteLoss, Metrics, Pictures, Progress
 from simipu3d.engine.optim import build_optimizer
 from simipu3d.engine.run import AtomicCheckpointIO, RunDirectory, default_out, git_commit, read_checkpoint
 from simipu3d.engine.settings import PretrainConfig, TrainerConfig, load_pretrain_config
@@ -238,7 +237,7 @@ def build_trainer(config: PretrainConfig, run: RunDirectory) -> pl.Trainer:
         Checkpoints(run, every_steps=config.run.checkpoint_every_steps, keep_every_epochs=config.run.keep_every_epochs),
     ]
     if sys.stderr.isatty():
-        callbacks.append(RichProgressBar())
+        callbacks.append(Progress())
     many = own.devices != 1 or own.num_nodes != 1
     return pl.Trainer(
         max_steps=own.max_steps,
@@ -267,6 +266,19 @@ def build_trainer(config: PretrainConfig, run: RunDirectory) -> pl.Trainer:
         enable_progress_bar=sys.stderr.isatty(),
         default_root_dir=run.path,
     )
+
+
+def build_module(config: PretrainConfig, run: RunDirectory, init: Path | None = None) -> PretrainModule:
+    """Data set and method of a run, with the weights it starts from; `init` counts for a fresh run only."""
+    reader = build_reader(config.data)
+    processes = (1 if config.trainer.devices == "auto" else config.trainer.devices) * config.trainer.num_nodes
+    check_enough_frames(config.data, len(reader), processes)
+    method = build_method(config, reader.point_columns)
+    if run.checkpoint is not None:
+        check_weights(method, run.checkpoint)
+    elif init is not None:
+        load_weights(method, init)
+    return PretrainModule(config, method, reader, BadFrameLimit(config.data, len(reader)))
 
 
 def pretrain(
@@ -304,21 +316,13 @@ def pretrain(
         out = Path(resume).resolve().parent.parent
     out = Path(os.environ.get(OUT_VARIABLE) or out or default_out(cfg))
     run = RunDirectory(out, config.to_plain(), resume if first_process else resume or "")
-    reader = build_reader(config.data)
-    processes = (1 if config.trainer.devices == "auto" else config.trainer.devices) * config.trainer.num_nodes
-    check_enough_frames(config.data, len(reader), processes)
-    method = build_method(config, reader.point_columns)
-    if init is not None and run.checkpoint is None:
-        load_weights(method, init)
-    if run.checkpoint is not None:
-        check_weights(method, run.checkpoint)
+    module = build_module(config, run, init)
     if first_process:
-        reader.prepare()
+        module.reader.prepare()
         run.create(config.to_plain())
         os.environ[OUT_VARIABLE] = str(out)
     if run.checkpoint is not None:
         log.info("resuming from step %d: %s", run.resumed_step, run.checkpoint)
-    module = PretrainModule(config, method, reader, BadFrameLimit(config.data, len(reader)))
     try:
         build_trainer(config, run).fit(module, ckpt_path=run.checkpoint, weights_only=True)
     except RuntimeError as error:
