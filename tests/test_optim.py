@@ -115,10 +115,18 @@ def test_warm_up_rises():
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates == sorted(rates)
     assert rates[-1] == pytest.approx(1e-3)
-    with pytest.raises(UserError, match="warmup_steps"):
-        SCHEDULES["cosine"].target(
-            optimizer, parse_part("schedule", SCHEDULES, {"name": "cosine", "warmup_steps": 10}), 10
-        )
+
+
+def test_a_short_run_warms_up_for_half_of_it_at_most():
+    optimizer = build_optimizer(branches(), OptimConfig())
+    config = parse_part("schedule", SCHEDULES, {"name": "cosine", "warmup_steps": 20})
+    scheduler, _ = SCHEDULES["cosine"].target(optimizer, config, 4)
+    rates = []
+    for _ in range(4):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([1e-5, 0.505e-3, 1e-3, 0.5e-3])
 
 
 @pytest.mark.parametrize(

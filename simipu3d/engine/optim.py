@@ -4,6 +4,7 @@ The branches (points, image, heads) may have different optimizers. They are one 
 that steps, clipping, accumulation, mixed precision and schedulers keep their meaning.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any
@@ -17,6 +18,8 @@ from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, MultiStepLR
 from simipu3d.config import PartConfig, parse_part
 from simipu3d.errors import UserError
 from simipu3d.registry import OPTIMIZERS, SCHEDULES
+
+log = logging.getLogger(__name__)
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -184,7 +187,7 @@ class CosineConfig(PartConfig):
     name: str = "cosine"
     """Which schedule."""
     warmup_steps: NonNegativeInt = 0
-    """Steps over which the learning rates rise from a hundredth. Default: none."""
+    """Steps over which the learning rates rise from a hundredth, half of the run at most. Default: none."""
 
 
 class OneCycleConfig(PartConfig):
@@ -240,12 +243,9 @@ def exponential(optimizer: Optimizer, config: ExponentialConfig, num_steps: int)
 @SCHEDULES.register("cosine", config=CosineConfig)
 def cosine(optimizer: Optimizer, config: CosineConfig, num_steps: int) -> tuple[Any, str]:
     """Moved every step; reaches zero with the last one."""
-    warmup = config.warmup_steps
-    if warmup >= num_steps:
-        raise UserError(
-            f"schedule.warmup_steps: {warmup} is not below the {num_steps} steps of the run; set schedule.warmup_steps=0 for "
-            "a short one"
-        )
+    warmup = min(config.warmup_steps, num_steps // 2)
+    if warmup < config.warmup_steps:
+        log.info("schedule.warmup_steps: %d instead of %d in a run of %d steps", warmup, config.warmup_steps, num_steps)
 
     def curve(step: int) -> float:
         return _rise(step, warmup) if step < warmup else _half_cosine((step - warmup) / (num_steps - warmup))
