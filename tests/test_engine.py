@@ -13,7 +13,7 @@ import torch
 import yaml
 from helpers import BLOCKS
 
-from simipu3d.engine.callbacks import MetricsFile
+from simipu3d.engine.callbacks import MetricsFile, average_over_processes
 from simipu3d.engine.pretrain import pretrain
 from simipu3d.engine.run import read_checkpoint
 from simipu3d.errors import UserError
@@ -223,6 +223,7 @@ def test_a_folder_that_holds_a_run_is_refused(whole, cfg, capsys):
         ("trainer.accelerator=gpu", "no GPU"),
         ("nonsense", "expected key=value"),
         ("trainer.max_steps=-1", "trainer.max_steps: set it, or trainer.max_epochs"),
+        ("trainer.max_steps=0 trainer.max_epochs=1", "trainer.max_steps: 1 or more, or -1"),
         ("datum.name=kitti", "datum: no such key; did you mean data?"),
         ("optim.points.name=sgd optim.points.betas=[0.9,0.9]", "optim.points.betas: no such key"),
     ],
@@ -297,6 +298,14 @@ def test_two_processes_run_and_log_once(cfg, tmp_path):
     assert all(float(row["intra_ceiling"]) == pytest.approx(np.log(2 * 2 * 24), abs=1e-3) for row in table)
     assert done.stderr.count(f"step {STEPS}/{STEPS}") == 1
     assert done.stderr.count("done: ") == 1
+
+
+def test_processes_are_averaged_by_their_rows():
+    """A process without rows has a loss of 0 that means nothing; a maximum is one over all."""
+    names = ["intra_loss", "intra_rows", "matched_distance_max", "num_tokens"]
+    values = torch.tensor([[2.0, 30.0, 1.0, 10.0], [5.0, 10.0, 7.0, 20.0], [0.0, 0.0, 0.0, 0.0]])
+    expected = torch.tensor([(2.0 * 30 + 5.0 * 10) / 40, 40 / 3, 7.0, 10.0])
+    torch.testing.assert_close(average_over_processes(names, values), expected)
 
 
 def test_metrics_file_cuts_later_rows_and_takes_new_columns(tmp_path):

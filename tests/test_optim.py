@@ -117,6 +117,29 @@ def test_warm_up_rises():
     assert rates[-1] == pytest.approx(1e-3)
 
 
+@pytest.mark.parametrize("name", ["cosine", "onecycle"])
+def test_a_resumed_run_follows_the_curve_of_its_own_length(name):
+    """A checkpoint of a 4-step run, taken up as one of 8 steps, goes on like a run that always had 8."""
+    config = parse_part("schedule", SCHEDULES, {"name": name})
+
+    def rates(num_steps, state, steps):
+        optimizer = build_optimizer(branches(), OptimConfig())
+        scheduler, _ = SCHEDULES[name].target(optimizer, config, num_steps)
+        if state is not None:
+            scheduler.load_state_dict(state)
+        seen = []
+        for _ in range(steps):
+            optimizer.step()
+            scheduler.step()
+            seen.append(optimizer.param_groups[0]["lr"])
+        return seen, scheduler.state_dict()
+
+    whole, _ = rates(8, None, 8)
+    _, state = rates(4, None, 4)
+    resumed, _ = rates(8, state, 4)
+    assert resumed == pytest.approx(whole[4:])
+
+
 def test_a_short_run_warms_up_for_half_of_it_at_most():
     optimizer = build_optimizer(branches(), OptimConfig())
     config = parse_part("schedule", SCHEDULES, {"name": "cosine", "warmup_steps": 20})

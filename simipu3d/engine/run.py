@@ -118,7 +118,7 @@ class RunDirectory:
         self.resumed_step: int | None = None
         # A run that died before its first row or checkpoint leaves nothing worth keeping.
         metrics = path / "metrics.csv"
-        holds_run = self.last.exists() or (metrics.exists() and metrics.stat().st_size > 0)
+        holds_run = any(self.checkpoints.glob("*.ckpt")) or (metrics.exists() and metrics.stat().st_size > 0)
         if resume is None and holds_run:
             raise UserError(f"{path}: holds a run already; continue it with --resume, or choose another --out")
         if resume and holds_run and Path(resume).resolve().parent != self.checkpoints.resolve():

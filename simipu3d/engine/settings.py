@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 import simipu3d.data
 import simipu3d.encoders
 import simipu3d.methods  # noqa: F401  (the three fill the registries)
-from simipu3d.config import PartConfig, apply_sets, check_top_level, load_yaml, parse_block, parse_part, to_plain
+from simipu3d.config import PartConfig, apply_sets, check_top_level, load_yaml, merge, parse_block, parse_part, to_plain
 from simipu3d.encoders.image import ImageEncoderConfig
 from simipu3d.engine.optim import OptimConfig, parse_optim
 from simipu3d.errors import UserError
@@ -42,6 +42,13 @@ class TrainerConfig(PartConfig):
     """Steps from one row of metrics.csv to the next."""
     deterministic: bool = False
     """Refuse operations whose result may differ from run to run (on CPU there are none in this package)."""
+
+    @field_validator("max_steps")
+    @classmethod
+    def _some_or_open(cls, max_steps: int) -> int:
+        if max_steps != -1 and max_steps < 1:
+            raise ValueError(f"1 or more, or -1 for as many as max_epochs gives; got {max_steps}")
+        return max_steps
 
 
 class RunConfig(PartConfig):
@@ -123,18 +130,7 @@ def with_default_names(raw: dict[str, Any]) -> dict[str, Any]:
         }
         defaults["optim"] = own
     present = {block: names for block, names in defaults.items() if isinstance(raw.get(block), dict)}
-    return merge_defaults(present, raw)
-
-
-def merge_defaults(defaults: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
-    """`raw` with what it lacks of `defaults`."""
-    result = dict(raw)
-    for key, value in defaults.items():
-        if isinstance(value, dict) and isinstance(result.get(key), dict):
-            result[key] = merge_defaults(value, result[key])
-        else:
-            result.setdefault(key, value)
-    return result
+    return merge(present, raw)
 
 
 def load_data_config(path: str | Path, sets: list[str] | None = None) -> PartConfig:
