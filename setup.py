@@ -42,13 +42,17 @@ setup(
         "pillow>=10.1",
         "matplotlib>=3.8",
         "safetensors>=0.4",
+        "pyarrow>=15",
+        "protobuf>=4.25",
+        "google-crc32c>=1.5",
+        "fsspec>=2024.2",
     ],
     extras_require={
         "cpu": ["spconv>=2.3.8"],
         "cu120": ['spconv-cu120>=2.3.6; python_version < "3.12"'],
         "cu126": ["spconv-cu126>=2.3.8"],
         "scatter": ["torch-scatter>=2.1.2"],
-        "dev": ["pytest>=8", "ruff>=0.9"],
+        "dev": ["pytest>=8", "ruff>=0.9", "webdataset>=0.2.90"],
     },
     entry_points={"console_scripts": ["simipu3d = simipu3d.tools.main:main"]},
 )

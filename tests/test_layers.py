@@ -11,6 +11,7 @@ FLOORS = {
     "simipu3d.tools": 7,
     "simipu3d.downstream": 6,
     "simipu3d.export": 6,
+    "simipu3d.benchmark": 6,
     "simipu3d.probe": 6,
     "simipu3d.engine": 5,
     "simipu3d.methods": 4,

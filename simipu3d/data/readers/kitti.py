@@ -11,21 +11,16 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import model_validator
 
 from simipu3d.contracts.frame import Boxes, Camera, Frame, check_points
-from simipu3d.data.config import DataConfig, check_range
+from simipu3d.data.config import DataConfig
 from simipu3d.data.readers.files import WAY_OUT, read_float_rows, read_image, read_text
 from simipu3d.data.readers.kitti_labels import read_labels
+from simipu3d.data.readers.select_points import PointRange, check_point_range, in_frustum, in_range
 from simipu3d.errors import BadFrameError, UserError
-from simipu3d.geometry.camera import project_points
 from simipu3d.registry import READERS
-
-FRUSTUM_DEPTH = (0.001, 100.0)
-"""Nearest and farthest depth of the frustum filter, metres: what made the released code's reduced clouds
-(mmdetection3d)."""
 
 PROJECTIONS = {"image_2": "P2", "image_3": "P3"}
 """The line of a calib file that belongs to each colour camera."""
@@ -49,7 +44,7 @@ class KittiConfig(DataConfig):
     """Which colour cameras. Default: the left one (released code)."""
     points_folder: str = "velodyne"
     """Folder of the clouds; `velodyne_reduced` is what some toolboxes call the copies cropped to the image."""
-    point_range: tuple[float, float, float, float, float, float] | None = (0.0, -40.0, -3.0, 70.4, 40.0, 1.0)
+    point_range: PointRange | None = (0.0, -40.0, -3.0, 70.4, 40.0, 1.0)
     """Only points strictly between x, y, z minimum and x, y, z maximum, metres; null: all (default: released code)."""
     frustum: bool = True
     """Only points that fall into one of the images; changes nothing in clouds that are already reduced."""
@@ -58,9 +53,7 @@ class KittiConfig(DataConfig):
 
     @model_validator(mode="after")
     def _check(self) -> "KittiConfig":
-        if self.point_range is not None:
-            for axis in range(3):
-                check_range("point_range along " + "xyz"[axis], self.point_range[axis], self.point_range[axis + 3])
+        check_point_range(self.point_range)
         return self
 
 
@@ -159,8 +152,7 @@ class KittiReader:
         frame."""
         kept = points
         if self.config.point_range is not None:
-            low, high = np.array(self.config.point_range, dtype=np.float32).reshape(2, 3)
-            kept = kept[((kept[:, :3] > low) & (kept[:, :3] < high)).all(axis=1)]
+            kept = kept[in_range(kept, self.config.point_range)]
         if self.config.frustum and cameras:
             kept = kept[in_frustum(kept, cameras)]
         if len(kept):
@@ -192,29 +184,6 @@ class KittiReader:
                 f"are absent or lack a file of {', '.join(folders)} ({_some(lacking)}); unpack the whole download, or "
                 "shorten the list"
             )
-
-
-def in_frustum(points: NDArray[np.float32], cameras: tuple[Camera, ...]) -> NDArray[np.bool_]:
-    """(N,) bool: does the point fall into one of the images, at a depth within `FRUSTUM_DEPTH`?
-
-    The image is taken as [0, W) x [0, H), half a pixel off from what the package calls visible, because so the reduced
-    clouds of the released code were made. What a loss may use is decided later and exactly.
-    """
-    xyz = torch.from_numpy(points[:, :3])
-    near, far = FRUSTUM_DEPTH
-    seen = torch.zeros(len(xyz), dtype=torch.bool)
-    for camera in cameras:
-        height, width = camera.image.shape[:2]
-        pixels, depth, _ = project_points(
-            xyz,
-            torch.from_numpy(camera.image_from_camera),
-            torch.from_numpy(camera.camera_from_lidar),
-            (height, width),
-            min_depth=near,
-        )
-        u, v = pixels.unbind(dim=1)
-        seen |= (depth > near) & (depth < far) & (u >= 0) & (u < width) & (v >= 0) & (v < height)
-    return seen.numpy()
 
 
 def _some(frame_ids: list[str]) -> str:

@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from pydantic import Field, NonNegativeFloat, model_validator
 
 from simipu3d.contracts.frame import Boxes, Camera, Frame, check_points
-from simipu3d.data.config import DataConfig, check_range
+from simipu3d.data.config import DataConfig
 from simipu3d.data.readers.files import WAY_OUT, read_float_rows, read_image
-from simipu3d.data.readers.kitti import in_frustum
 from simipu3d.data.readers.nuscenes_boxes import read_annotations
 from simipu3d.data.readers.nuscenes_splits import SPLITS, VERSIONS
 from simipu3d.data.readers.nuscenes_tables import KeyFrames, read_key_frames, read_scenes
+from simipu3d.data.readers.select_points import PointRange, check_point_range, in_frustum, in_range
 from simipu3d.errors import BadFrameError, UserError
 from simipu3d.registry import READERS
 
@@ -66,7 +66,7 @@ class NuScenesConfig(DataConfig):
     min_distance: NonNegativeFloat = 1.0
     """A point this near to the sensor along both horizontal axes of its own scan is dropped, metres: the car itself
     (devkit: 1.0)."""
-    point_range: tuple[float, float, float, float, float, float] | None = None
+    point_range: PointRange | None = None
     """Only points strictly between x, y, z minimum and x, y, z maximum, metres. Default: all."""
     frustum: bool = False
     """Only points that fall into one of the images. Default: the whole scan."""
@@ -77,9 +77,7 @@ class NuScenesConfig(DataConfig):
 
     @model_validator(mode="after")
     def _check(self) -> "NuScenesConfig":
-        if self.point_range is not None:
-            for axis in range(3):
-                check_range("point_range along " + "xyz"[axis], self.point_range[axis], self.point_range[axis + 3])
+        check_point_range(self.point_range)
         if len(set(self.features)) < len(self.features):
             raise ValueError(f"features names a column twice: {list(self.features)}")
         if self.split == "all" and self.split_file is not None:
@@ -194,8 +192,7 @@ class NuScenesReader:
         """The points inside the range and, if asked for, inside an image; a frame that loses all of them is bad."""
         kept = points
         if self.config.point_range is not None:
-            low, high = np.array(self.config.point_range, dtype=np.float32).reshape(2, 3)
-            kept = kept[((kept[:, :3] > low) & (kept[:, :3] < high)).all(axis=1)]
+            kept = kept[in_range(kept, self.config.point_range)]
         if self.config.frustum and cameras:
             kept = kept[in_frustum(kept, cameras)]
         if len(kept) == 0:
