@@ -83,7 +83,8 @@ class Frame:
         sequence_id, timestamp: the drive, and seconds, where the data set has them.
         world_from_lidar: (4, 4) or None.
         native_from_lidar: (4, 4), takes our axes back to the sensor's own.
-        intensity_scale: what the raw intensity was divided by (1 where it was used as it is).
+        intensity_scale: what the raw intensity was divided by (1 where it was used as it is, or, where it is unbounded,
+            squashed the way detectors on that data set squash it: Waymo's tanh).
         boxes, point_class, point_instance: ground truth or None; (N,) for the last two, 0 = no instance.
     """
 

@@ -5,6 +5,7 @@ Every function raises `BadFrameError` that names the file, what was found in it 
 
 import struct
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,12 +53,17 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     """(H, W, 3) uint8 RGB of any image file that Pillow knows, decoded completely."""
     if not path.is_file():
         raise BadFrameError(f"{path}: no such file; {WAY_OUT}")
+    return decode_image(path, str(path))
+
+
+def decode_image(file: Path | BinaryIO, source: str) -> NDArray[np.uint8]:
+    """The same of an image that is no file of its own; `source` says in messages where it stands."""
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             return np.asarray(image.convert("RGB"))
     except UnidentifiedImageError:
-        raise BadFrameError(f"{path}: is not an image, or its first bytes are damaged; {WAY_OUT}") from None
+        raise BadFrameError(f"{source}: is not an image, or its first bytes are damaged; {WAY_OUT}") from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise BadFrameError(
-            f"{path}: the image is cut short or damaged ({' '.join(str(error).split())}); {WAY_OUT}"
+            f"{source}: the image is cut short or damaged ({' '.join(str(error).split())}); {WAY_OUT}"
         ) from error

@@ -1,0 +1,154 @@
+"""How are some rows of a large parquet file read, without holding more of it than they need?
+
+A file is a set of rows under key columns. The key columns are read once, and say which row group holds a wanted row; of
+that row group only the wanted columns are decoded, in batches of bounded size, up to the last wanted row. Nothing here
+starts threads, so it is safe in a forked worker.
+"""
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from simipu3d.errors import BadFrameError
+
+WAY_OUT = "download the file again, leave its segment out with data.split_file, or set data.on_bad_frame=skip"
+
+BATCH_BYTES = 32 << 20
+"""Of a row group that is larger than this, decoded, only so much is held at a time."""
+
+READ_BYTES = 1 << 20
+"""A column is read from the disk in pieces of this size."""
+
+
+class ParquetRows:
+    """The rows of one file that belong to one segment.
+
+    Args:
+        path: the file.
+        owner: name of a text column and the value that the rows must have in it; others are passed over.
+        keys: integer columns to find rows by.
+
+    Attributes:
+        keys: (R,) int64 by name, of the rows that belong to the owner.
+        rows: (R,) their places in the file, rising.
+
+    Raises:
+        BadFrameError: the file is missing, damaged, or lacks a key column.
+    """
+
+    def __init__(self, path: Path, owner: tuple[str, str], keys: Sequence[str]):
+        self.path = path
+        if not path.is_file():
+            raise BadFrameError(f"{path}: no such file; {WAY_OUT}")
+        with self._damage_told():
+            # Without these two settings a whole column of a row group is read ahead, and by threads.
+            self.file = pq.ParquetFile(path, buffer_size=READ_BYTES, pre_buffer=False)
+            self.starts = np.cumsum(
+                [0, *(self.file.metadata.row_group(group).num_rows for group in range(self.file.num_row_groups))]
+            )
+        column, value = owner
+        self.check_columns((column, *keys))
+        with self._damage_told():
+            table = self.file.read(columns=[column, *keys], use_threads=False)
+            mine = pc.equal(table[column], value).fill_null(False).to_numpy(zero_copy_only=False)
+        self.rows = np.flatnonzero(mine)
+        self.keys = {name: self._integers(name, table[name])[self.rows] for name in keys}
+
+    def check_columns(self, columns: Sequence[str]) -> None:
+        """Raise `BadFrameError` when the file lacks one of the columns."""
+        present = set(self.file.schema_arrow.names)
+        absent = [name for name in columns if name not in present]
+        if absent:
+            raise BadFrameError(
+                f"{self.path}: has no column {', '.join(absent)}; is it a component of Waymo's format v2? {WAY_OUT}"
+            )
+
+    def read(self, rows: NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
+        """Some rows of the file, in its own order.
+
+        Args:
+            rows: (K,) places in the file, rising. K may be 0.
+            columns: their names.
+        """
+        self.check_columns(columns)
+        group_of = np.searchsorted(self.starts, rows, side="right") - 1
+        batches: list[pa.RecordBatch] = []
+        with self._damage_told():
+            for group in np.unique(group_of).tolist():
+                batches += self._read_group(group, rows[group_of == group] - self.starts[group], columns)
+            schema = pa.schema([self.file.schema_arrow.field(name) for name in columns])
+            table = pa.Table.from_batches(batches, batches[0].schema if batches else schema)
+        if len(table) != len(rows):
+            raise BadFrameError(f"{self.path}: holds {len(table)} of the {len(rows)} rows it lists; {WAY_OUT}")
+        return table
+
+    def _read_group(self, group: int, wanted: NDArray[np.int64], columns: Sequence[str]) -> list[pa.RecordBatch]:
+        metadata = self.file.metadata.row_group(group)
+        batch_rows = max(1, BATCH_BYTES * metadata.num_rows // max(1, metadata.total_byte_size))
+        found, start = [], 0
+        for batch in self.file.iter_batches(batch_rows, row_groups=[group], columns=list(columns), use_threads=False):
+            inside = wanted[(wanted >= start) & (wanted < start + len(batch))] - start
+            if len(inside):
+                found.append(batch.take(pa.array(inside)))
+            start += len(batch)
+            if start > wanted[-1]:
+                break
+        return found
+
+    def _integers(self, name: str, column: pa.ChunkedArray) -> NDArray[np.int64]:
+        if not pa.types.is_integer(column.type) or column.null_count:
+            raise BadFrameError(
+                f"{self.path}: {name} is of type {column.type} with {column.null_count} empty rows, expected whole "
+                f"numbers; {WAY_OUT}"
+            )
+        return column.to_numpy().astype(np.int64)
+
+    @contextmanager
+    def _damage_told(self) -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowException, OSError) as error:
+            raise BadFrameError(
+                f"{self.path}: is cut short, damaged, or no parquet file ({' '.join(str(error).split())}); {WAY_OUT}"
+            ) from error
+
+
+class Recent:
+    """The last few things that were made, by key: open files, for one.
+
+    A forked process and a pickled copy begin with none, for a file handle must not be shared between processes.
+
+    Args:
+        size: how many are kept.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+        self._kept: OrderedDict[Hashable, Any] = OrderedDict()
+        self._process = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"size": self.size, "_kept": OrderedDict(), "_process": None}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What stands under a key, made now if it is not there."""
+        if self._process != os.getpid():
+            self._kept, self._process = OrderedDict(), os.getpid()
+        if key not in self._kept:
+            self._kept[key] = make()
+            if len(self._kept) > self.size:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]

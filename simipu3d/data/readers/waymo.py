@@ -1,0 +1,307 @@
+"""Waymo Open Dataset: from the downloads as they are, of either format, to Frames.
+
+    root/{training,validation,testing}/<component>/<segment>.parquet      format v2
+    root/{training,validation,testing}/*.tfrecord                         format v1
+
+A format's source makes `WaymoMoment`s; here they become Frames. The lidar frame is Waymo's vehicle frame at the frame's
+time stamp (x forward, y left, z up, origin in the middle of the rear axle). Range images become points there, each pixel
+of the top lidar by the vehicle's pose at its own time. A camera fires at its own time too: camera_from_lidar goes
+through the world with the pose that is stored with the image. Waymo's camera axes (x out of the lens, y left, z up) are
+swapped for ours, and its edge-based pixels get integer centres: half a pixel off the principal point. The rolling
+shutter is not modelled. Intensity is unbounded (10,000 and more) and is squashed by tanh, as detectors on Waymo do.
+"""
+
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, field_validator, model_validator
+
+from simipu3d.contracts.frame import Camera, Frame, check_points
+from simipu3d.data.config import DataConfig
+from simipu3d.data.readers.files import WAY_OUT, decode_image
+from simipu3d.data.readers.select_points import PointRange, check_point_range, in_frustum, in_range
+from simipu3d.data.readers.waymo_moment import (
+    CAMERA_NAMES,
+    LASER_NAMES,
+    WaymoCamera,
+    WaymoLaser,
+    WaymoMoment,
+    WaymoRequest,
+    WaymoSource,
+)
+from simipu3d.data.readers.waymo_v2 import WaymoV2
+from simipu3d.errors import BadFrameError, UserError
+from simipu3d.geometry.range_image import range_image_points
+from simipu3d.registry import READERS
+
+CameraName = Literal["FRONT", "FRONT_LEFT", "FRONT_RIGHT", "SIDE_LEFT", "SIDE_RIGHT"]
+LaserName = Literal["TOP", "FRONT", "SIDE_LEFT", "SIDE_RIGHT", "REAR"]
+
+FORMATS: dict[str, type[WaymoSource]] = {
+    "v2": WaymoV2,
+}
+"""Which source reads a format."""
+
+FOLDERS = {"train": "training", "val": "validation", "test": "testing"}
+"""The folder of a split; `all` is the root itself."""
+
+CAMERA_AXES = np.array([[0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]], dtype=np.float64)
+"""From Waymo's camera axes to ours: x right, y down, z out of the lens."""
+
+INSIDE_NO_LABEL_ZONE = 1
+"""The flag of a pixel that lies in one; others have -1."""
+
+
+class WaymoConfig(DataConfig):
+    """The `data:` block for `name: waymo`."""
+
+    name: str = "waymo"
+    """Which reader (`READERS`)."""
+    root: Path
+    """The folder that holds training/, validation/, testing/."""
+    version: str = "v2"
+    """Which format the download has: v2 (parquet)."""
+    split: Literal["train", "val", "test", "all"] = "train"
+    """The folder training, validation or testing; `all`: root itself holds the components' folders (v2) or the records
+    (v1)."""
+    split_file: Path | None = None
+    """Read only the segments of this list, one name a line; `segment-`, `_with_camera_labels` and the file's ending may
+    stand round a name."""
+    fraction: tuple[float, float] = (0.0, 1.0)
+    """From which to which share of the segments, sorted by name: [0, 0.5] and [0.5, 1] are halves without a common
+    segment. The paper cut a half, a fifth and a tenth as one piece each too: [0, 0.5], [0, 0.2], [0, 0.1]."""
+    load_interval: int = Field(default=1, ge=1)
+    """Every how many-th frame is read, after the cut. The paper's is 5: frames are 0.1 s apart."""
+    cameras: tuple[CameraName, ...] | None = None
+    """Which cameras. Default: all five."""
+    lasers: tuple[LaserName, ...] | None = None
+    """Which lidars; null: all five. []: none, so that a download without range images can be looked at (its frames
+    have no points, and cannot be trained on)."""
+    returns: Literal[1, 2] = 2
+    """1: a lidar's first return only; 2: its second too. Default: both (paper's converter)."""
+    features: tuple[Literal["intensity", "elongation"], ...] = ("intensity",)
+    """Columns of a point after x, y, z: tanh of the intensity, and the elongation as it was measured (how much longer
+    than it was sent the pulse came back). Format v2 has no time a point."""
+    no_label_zone: Literal["keep", "drop"] = "drop"
+    """What becomes of points in zones that nobody labelled. Default: dropped, as by the paper's converter and those of
+    detection toolboxes, so that a scan holds what detectors see; pre-training needs no label and may keep them."""
+    point_range: PointRange | None = None
+    """Only points strictly between x, y, z minimum and x, y, z maximum, metres. Default: all."""
+    frustum: bool = False
+    """Only points that fall into one of the images. Default: the whole scan."""
+    load_boxes: bool = True
+    """Read the 3D boxes, where the download has them. Pre-training never looks at them."""
+
+    @field_validator("version")
+    @classmethod
+    def _known(cls, version: str) -> str:
+        if version not in FORMATS:
+            raise ValueError(f"Waymo has no format {version!r} here; there are {', '.join(FORMATS)}")
+        return version
+
+    @model_validator(mode="after")
+    def _check(self) -> "WaymoConfig":
+        check_point_range(self.point_range)
+        for key, names in (("features", self.features), ("lasers", self.lasers or ())):
+            if len(set(names)) < len(names):
+                raise ValueError(f"{key} names something twice: {list(names)}")
+        first, last = self.fraction
+        if not 0 <= first < last <= 1:
+            raise ValueError(f"fraction must be [from, to] with 0 <= from < to <= 1, got [{first}, {last}]")
+        return self
+
+
+@READERS.register("waymo", config=WaymoConfig)
+class WaymoReader:
+    """Frames of the Waymo Open Dataset, segment after segment. Contract: `FrameReader`; a frame's id is its segment and
+    its time stamp in microseconds.
+
+    Raises:
+        UserError: a folder, a component or a listed segment is missing, or a segment's files do not fit together.
+    """
+
+    class_names: tuple[str, ...] = ()
+    point_columns: tuple[str, ...] = ("x", "y", "z", "intensity")
+
+    def __init__(self, config: WaymoConfig):
+        self.config = config
+        self.cameras = tuple(CAMERA_NAMES.values()) if config.cameras is None else config.cameras
+        self.lasers = tuple(LASER_NAMES.values()) if config.lasers is None else config.lasers
+        self.point_columns = ("x", "y", "z", *config.features)
+        self.request = WaymoRequest(self.cameras, self.lasers, config.returns, config.load_boxes)
+        folder = config.root if config.split == "all" else config.root / FOLDERS[config.split]
+        source = FORMATS[config.version]
+        self.segments = _chosen_segments(config, folder, source.list_segments(folder))
+        self.source = source(folder, self.segments, self.request)
+        self.positions = range(0, len(self.source.moments), config.load_interval)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def prepare(self) -> None:
+        """Nothing: the downloaded files are read as they are."""
+
+    def __getitem__(self, index: int) -> Frame:
+        moment = self.source.read(self.positions[index])
+        where = _place(moment)
+        _check_sensors(moment, self.request)
+        cameras = tuple(_camera(camera, moment) for camera in moment.cameras)
+        scans = [scan for scan, _ in self._scans(moment)]
+        points = np.concatenate([np.zeros((0, len(self.point_columns)), dtype=np.float32), *scans])
+        if self.lasers:
+            check_points(points, where)
+            points = self._filter(points, cameras, where)
+        return Frame(
+            points=points,
+            point_columns=self.point_columns,
+            cameras=cameras,
+            frame_id=f"{moment.segment}/{moment.timestamp_micros}",
+            sequence_id=moment.segment,
+            timestamp=moment.timestamp_micros * 1e-6,
+            world_from_lidar=moment.world_from_vehicle,
+            boxes=moment.boxes,
+        )
+
+    def stored_projections(self, index: int) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float64]]]:
+        """Where the data set itself says that a frame's points are seen; for checks of our own projection.
+
+        Returns:
+            For each of the chosen cameras the points (M, 3), in the lidar frame and before `point_range` and `frustum`,
+            that it sees, and their pixels (M, 2) as (u, v) in the package's convention. The files name the pixel that
+            holds a point by whole numbers, so that a pixel is right to half a pixel; they count the rolling shutter in.
+        """
+        moment = self.source.read(self.positions[index], replace(self.request, boxes=False, projections=True))
+        found = {name: ([np.zeros((0, 3), np.float32)], [np.zeros((0, 2))]) for name in self.cameras}
+        number_of = {name: number for number, name in CAMERA_NAMES.items()}
+        for scan, projection in self._scans(moment):
+            if projection is None:
+                raise BadFrameError(f"{_place(moment)}: holds no lidar-to-camera projection; {WAY_OUT}")
+            for name, (points, pixels) in found.items():
+                for camera, u, v in (projection[:, :3].T, projection[:, 3:].T):
+                    seen = camera == number_of[name]
+                    points.append(scan[seen, :3])
+                    pixels.append(np.stack([u[seen], v[seen]], axis=1).astype(np.float64))
+        return {name: (np.concatenate(points), np.concatenate(pixels)) for name, (points, pixels) in found.items()}
+
+    def _scans(self, moment: WaymoMoment) -> list[tuple[NDArray[np.float32], NDArray[np.int32] | None]]:
+        """For each return of each lidar its points (N, 3 + F) and their stored projections (N, 6)."""
+        vehicle_from_world = np.linalg.inv(moment.world_from_vehicle)
+        return [self._scan(moment, laser, number, vehicle_from_world) for laser in moment.lasers
+                for number in range(len(laser.returns))]  # fmt: skip
+
+    def _scan(
+        self, moment: WaymoMoment, laser: WaymoLaser, number: int, vehicle_from_world: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int32] | None]:
+        image, projection = laser.returns[number].image, laser.returns[number].projection
+        ranges = image[..., 0]
+        if self.config.no_label_zone == "drop":
+            ranges = np.where(image[..., 3] == INSIDE_NO_LABEL_ZONE, 0, ranges)
+        posed = laser.pixel_pose is not None
+        try:
+            xyz, pixels = range_image_points(
+                ranges,
+                laser.inclinations,
+                laser.inclination_range,
+                laser.vehicle_from_laser,
+                pixel_pose=laser.pixel_pose,
+                vehicle_from_world=vehicle_from_world if posed else None,
+            )
+        except ValueError as error:
+            raise BadFrameError(f"{_place(moment)}: lidar {laser.name}: {error}; {WAY_OUT}") from error
+        row, column = pixels.T
+        values = image[row, column]
+        columns = {"intensity": np.tanh(values[:, 1]), "elongation": values[:, 2]}
+        scan = np.column_stack([xyz.astype(np.float32), *(columns[name] for name in self.config.features)])
+        return scan, None if projection is None else projection[row, column]
+
+    def _filter(self, points: NDArray[np.float32], cameras: tuple[Camera, ...], where: str) -> NDArray[np.float32]:
+        """The points inside the range and, if asked for, inside an image; a frame that loses all of them is bad."""
+        kept = points
+        if self.config.point_range is not None:
+            kept = kept[in_range(kept, self.config.point_range)]
+        if self.config.frustum:
+            kept = kept[in_frustum(kept, cameras)]
+        if len(kept) == 0:
+            raise BadFrameError(
+                f"{where}: none of its {len(points)} points is left after data.point_range and data.frustum; widen "
+                "them, or set data.on_bad_frame=skip"
+            )
+        return kept
+
+
+def _place(moment: WaymoMoment) -> str:
+    return f"{moment.source}: frame at {moment.timestamp_micros}"
+
+
+def _check_sensors(moment: WaymoMoment, request: WaymoRequest) -> None:
+    """Raise `BadFrameError` when the files lack a sensor for this one moment."""
+    for key, asked, found in (
+        ("cameras", request.cameras, {camera.name for camera in moment.cameras}),
+        ("lasers", request.lasers, {laser.name for laser in moment.lasers}),
+    ):
+        absent = [name for name in asked if name not in found]
+        if absent:
+            raise BadFrameError(
+                f"{_place(moment)}: has nothing of {', '.join(absent)}; leave it out of data.{key}, or set "
+                "data.on_bad_frame=skip"
+            )
+
+
+def _camera(camera: WaymoCamera, moment: WaymoMoment) -> Camera:
+    where = f"{_place(moment)}: camera {camera.name}"
+    image = decode_image(BytesIO(camera.jpeg), where)
+    if image.shape[:2] != camera.size:
+        raise BadFrameError(
+            f"{where}: the image is {image.shape[0]} x {image.shape[1]}, and its calibration is for {camera.size[0]} x "
+            f"{camera.size[1]}; {WAY_OUT}"
+        )
+    f_u, f_v, c_u, c_v = camera.intrinsic[:4]
+    camera_from_lidar = CAMERA_AXES @ np.linalg.inv(camera.vehicle_from_camera)
+    if camera.world_from_vehicle is not None:
+        camera_from_lidar = camera_from_lidar @ np.linalg.inv(camera.world_from_vehicle) @ moment.world_from_vehicle
+    return Camera(
+        name=camera.name,
+        image=image,
+        image_from_camera=np.array([[f_u, 0, c_u - 0.5, 0], [0, f_v, c_v - 0.5, 0], [0, 0, 1, 0]], dtype=np.float64),
+        camera_from_lidar=camera_from_lidar,
+        distortion=camera.intrinsic[4:].copy(),
+    )
+
+
+def _chosen_segments(config: WaymoConfig, folder: Path, present: tuple[str, ...]) -> tuple[str, ...]:
+    """The configured part of the segments, sorted by name."""
+    names = sorted(present if config.split_file is None else _read_list(config.split_file))
+    absent = sorted(set(names) - set(present))
+    if absent:
+        raise UserError(
+            f"{config.split_file}: {len(absent)} of its {len(names)} segments are not in {folder} "
+            f"({', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}), which has {len(present)}; take them off the "
+            "list, or set data.split"
+        )
+    first, last = (round(share * len(names)) for share in config.fraction)
+    if first == last:
+        raise UserError(f"data.fraction: {list(config.fraction)} of {len(names)} segments is none; take a larger part")
+    return tuple(names[first:last])
+
+
+def _read_list(path: Path) -> list[str]:
+    try:
+        words = path.read_text(encoding="utf-8").split()
+    except FileNotFoundError:
+        raise UserError(f"data.split_file: {path}: no such list; write one segment name a line") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is not a readable list of segment names ({error})") from error
+    names = [
+        word.removesuffix(".tfrecord").removesuffix(".parquet").removeprefix("segment-")
+        .removesuffix("_with_camera_labels")
+        for word in words
+    ]  # fmt: skip
+    if not names:
+        raise UserError(f"{path}: the list is empty; write one segment name a line")
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}: {next(name for name in names if names.count(name) > 1)} stands twice; remove one")
+    return names
