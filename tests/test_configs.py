@@ -67,6 +67,13 @@ def test_an_encoder_configuration_changes_the_encoder_only(path):
     assert {key.partition(".")[0] for key in changed_keys(kitti, mine)} == {"point_encoder"}
 
 
+@pytest.mark.parametrize("name", ["nuscenes", "waymo"])
+def test_another_data_set_changes_the_data_only(name):
+    kitti, mine = (load_pretrain_config(f"configs/simipu/{file}.yaml").to_plain() for file in ("kitti", name))
+    assert mine["data"]["name"] == name
+    assert {key.partition(".")[0] for key in changed_keys(kitti, mine)} == {"data"}
+
+
 def test_the_released_networks_have_their_size():
     """Sizes of the authors' checkpoint: PointNet++ 1,778,432, point heads 2 x 2,234,752, image head 8,663,424, ResNet-50
     trunk 23,508,032."""

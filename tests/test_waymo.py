@@ -27,6 +27,7 @@ from waymo_drive import (
     slow_pixel,
     slow_point,
     slow_points,
+    stored_projection,
     times,
     vehicle_state,
     write_download,
@@ -262,11 +263,14 @@ def test_stored_projections_are_ours_to_half_a_pixel(drive):
         stored = reader.stored_projections(index)
         frame = open_waymo(drive, no_label_zone="keep")[index]
         held = {row.tobytes() for row in frame.points[:, :3]}
+        written = [stored_projection(*place(index), laser, number) for laser in LASER_NAMES for number in (1, 2)]
+        named = np.concatenate([image[..., ::3].ravel() for image in written])
         assert list(stored) == list(CAMERAS)
         for camera in frame.cameras:
             points, pixels = stored[camera.name]
             ours, visible = pixels_of(camera, points)
             assert visible.all()
+            assert len(points) == (named == CAMERAS[camera.name]).sum()
             assert {row.tobytes() for row in points} <= held
             assert np.abs(ours - pixels).max() < 0.5 + 1e-3
             compared += len(points)
@@ -512,13 +516,16 @@ def cut(component: str, keep: float):
     return damage
 
 
-def scribble(component: str):
-    """Damage in the middle, with the footer whole."""
+def scribble(component: str, column: str):
+    """Damage a column of the first row group, with keys and footer whole."""
 
     def damage(root: Path) -> None:
         path = root / component / f"{SEGMENTS[0]}.parquet"
+        group = pq.ParquetFile(path).metadata.row_group(0)
+        chunk = next(part for part in map(group.column, range(group.num_columns)) if part.path_in_schema == column)
         content = bytearray(path.read_bytes())
-        content[4 : len(content) // 2] = b"\xff" * (len(content) // 2 - 4)
+        start = chunk.dictionary_page_offset or chunk.data_page_offset
+        content[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
         path.write_bytes(content)
 
     return damage
@@ -640,7 +647,7 @@ READING = {
         with_column("camera_image", "[CameraImageComponent].pose.transform", lambda v: [[np.nan] * 16] * len(v)),
         ("camera_image", "16 finite"),
     ),
-    "damage inside": (scribble("camera_image"), ("camera_image", "damaged")),
+    "damage inside": (scribble("camera_image", "[CameraImageComponent].image"), ("camera_image", "damaged")),
 }
 
 
