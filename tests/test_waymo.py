@@ -647,6 +647,10 @@ READING = {
         with_column("camera_image", "[CameraImageComponent].pose.transform", lambda v: [[np.nan] * 16] * len(v)),
         ("camera_image", "16 finite"),
     ),
+    "a transform of zeros": (
+        with_column("camera_image", "[CameraImageComponent].pose.transform", lambda v: [[0.0] * 16] * len(v)),
+        ("camera_image", "no rigid motion"),
+    ),
     "damage inside": (scribble("camera_image", "[CameraImageComponent].image"), ("camera_image", "damaged")),
 }
 
@@ -668,7 +672,6 @@ def test_a_damaged_frame_is_one_clear_line(root, name):
     with pytest.raises(BadFrameError) as error:
         reader[1]
     check_message(str(error.value), root, words)
-    assert "data.on_bad_frame=skip" in str(error.value)
 
 
 def check_message(message: str, root: Path, words: tuple[str, ...]) -> None:
@@ -762,8 +765,8 @@ def test_real_boxes_project_onto_their_boxes_in_the_images(real):
             hull = np.concatenate([pixels.min(axis=0), pixels.max(axis=0)]).clip(0, [width, height, width, height])
             ious.append(overlap(hull, np.array([u - size_u / 2, v - size_v / 2, u + size_u / 2, v + size_v / 2])))
     assert len(ious) == 62
-    assert min(ious) > 0.5
-    assert np.median(ious) > 0.9
+    assert min(ious) > 0.95
+    assert np.median(ious) > 0.99
 
 
 def test_the_real_frame_is_what_is_known_of_it(real):

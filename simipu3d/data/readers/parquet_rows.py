@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from simipu3d.errors import BadFrameError
 
-WAY_OUT = "download the file again, leave its segment out with data.split_file, or set data.on_bad_frame=skip"
+WAY_OUT = "download the file again, or leave its segment out with data.split_file"
 
 BATCH_BYTES = 32 << 20
 """Of a row group that is larger than this, decoded, only so much is held at a time."""

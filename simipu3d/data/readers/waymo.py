@@ -190,8 +190,11 @@ class WaymoReader:
     def _scans(self, moment: WaymoMoment) -> list[tuple[NDArray[np.float32], NDArray[np.int32] | None]]:
         """For each return of each lidar its points (N, 3 + F) and their stored projections (N, 6)."""
         vehicle_from_world = np.linalg.inv(moment.world_from_vehicle)
-        return [self._scan(moment, laser, number, vehicle_from_world) for laser in moment.lasers
-                for number in range(len(laser.returns))]  # fmt: skip
+        return [
+            self._scan(moment, laser, number, vehicle_from_world)
+            for laser in moment.lasers
+            for number in range(len(laser.returns))
+        ]
 
     def _scan(
         self, moment: WaymoMoment, laser: WaymoLaser, number: int, vehicle_from_world: NDArray[np.float64]
@@ -296,10 +299,12 @@ def _read_list(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is not a readable list of segment names ({error})") from error
     names = [
-        word.removesuffix(".tfrecord").removesuffix(".parquet").removeprefix("segment-")
+        word.removesuffix(".tfrecord")
+        .removesuffix(".parquet")
+        .removeprefix("segment-")
         .removesuffix("_with_camera_labels")
         for word in words
-    ]  # fmt: skip
+    ]
     if not names:
         raise UserError(f"{path}: the list is empty; write one segment name a line")
     if len(set(names)) < len(names):

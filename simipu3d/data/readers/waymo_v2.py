@@ -231,9 +231,15 @@ class WaymoV2:
         if not np.isfinite(geometry).all():
             raise self._bad("lidar_box", segment, f"timestamp {timestamp}: a box has no finite centre, size or heading")
         return vehicle_boxes(
-            geometry[:, :3], geometry[:, 3:6], geometry[:, 6], whole[:, 0], values[:, 7:10], whole[:, 1], whole[:, 2],
+            geometry[:, :3],
+            geometry[:, 3:6],
+            geometry[:, 6],
+            whole[:, 0],
+            values[:, 7:10],
+            whole[:, 1],
+            whole[:, 2],
             world_from_vehicle,
-        )  # fmt: skip
+        )
 
     def _image_boxes(self, segment: str, timestamp: int) -> dict[str, NDArray[np.float64]]:
         """(K, 4) projected lidar boxes by camera."""
@@ -286,9 +292,14 @@ class WaymoV2:
         return self._tables.get(path, lambda: ParquetRows(path, (SEGMENT, segment), KEYS[component]))
 
     def _rows(
-        self, component: str, segment: str, columns: tuple[str, ...], timestamp: int | None = None,
-        sensors: Collection[int] | None = None, at_least: int = 1,
-    ) -> tuple[pa.Table, dict[str, NDArray[np.int64]]]:  # fmt: skip
+        self,
+        component: str,
+        segment: str,
+        columns: tuple[str, ...],
+        timestamp: int | None = None,
+        sensors: Collection[int] | None = None,
+        at_least: int = 1,
+    ) -> tuple[pa.Table, dict[str, NDArray[np.int64]]]:
         """The rows of a moment (of the whole segment without a timestamp), and their key columns."""
         table = self._table(component, segment)
         chosen = np.full(len(table.rows), True)
@@ -330,16 +341,20 @@ class WaymoV2:
         flat, size = values.values.to_numpy(zero_copy_only=False), tuple(shape.as_py())
         if len(size) != 3 or size[2] != channels or min(size) < 1 or size[0] * size[1] * size[2] != len(flat):
             raise self._bad(
-                component, segment, f"return {number}: {len(flat)} values do not make the shape {list(size)}"
-                f" with {channels} channels",
-            )  # fmt: skip
+                component,
+                segment,
+                f"return {number}: {len(flat)} values do not make the shape {list(size)} with {channels} channels",
+            )
         return flat.reshape(size)
 
     def _matrix(self, component: str, segment: str, value: pa.Scalar) -> NDArray[np.float64]:
         numbers = value.as_py() if value.is_valid else []
         if len(numbers) != 16 or None in numbers or not np.isfinite(numbers).all():
             raise self._bad(component, segment, f"a transform has {len(numbers)} numbers, expected 16 finite ones")
-        return np.array(numbers, dtype=np.float64).reshape(4, 4)
+        matrix = np.array(numbers, dtype=np.float64).reshape(4, 4)
+        if abs(np.linalg.det(matrix[:3, :3]) - 1) > 1e-3 or matrix[3].tolist() != [0, 0, 0, 1]:
+            raise self._bad(component, segment, f"a transform is no rigid motion: {numbers}")
+        return matrix
 
     def _bad(self, component: str, segment: str, what: str) -> BadFrameError:
         return BadFrameError(f"{self.root / component / segment}.parquet: {what}; {WAY_OUT}")
