@@ -79,7 +79,7 @@ def read_record(path: Path, offset: int, number: int) -> bytes:
         BadFrameError: the file cannot be read, ends within the record, or a checksum does not match.
     """
     try:
-        with path.open("rb", buffering=0) as file:
+        with path.open("rb") as file:
             return _read_at(file, offset)
     except OSError as error:
         raise BadFrameError(f"{path}: cannot be read ({error.strerror}); {FRAME_WAY_OUT}") from error
@@ -135,19 +135,9 @@ def _read_at(file: BinaryIO, offset: int) -> bytes:
     num_left = os.fstat(file.fileno()).st_size - offset
     file.seek(offset)
     length = _record_length(file.read(_HEADER_BYTES), num_left)
-    content = _read_exactly(file, length + _CRC.size)
-    data = content[:length]
-    if _CRC.unpack_from(content, length)[0] != masked_crc(data):
+    data, crc = file.read(length), file.read(_CRC.size)
+    if len(data) + len(crc) < length + _CRC.size:
+        raise _FramingError("the file became shorter while it was read")
+    if _CRC.unpack(crc)[0] != masked_crc(data):
         raise _FramingError(f"its {length} bytes do not match their checksum, so the file is damaged here")
     return data
-
-
-def _read_exactly(file: BinaryIO, num_bytes: int) -> bytes:
-    """A raw read may stop early: above 2 GB, or on a network's file system."""
-    content = bytearray()
-    while len(content) < num_bytes:
-        piece = file.read(num_bytes - len(content))
-        if not piece:
-            raise _FramingError(f"the file ends {num_bytes - len(content)} bytes before its end, so it is cut short")
-        content += piece
-    return bytes(content)

@@ -253,7 +253,8 @@ def decode_varints(data: bytes) -> NDArray[np.int32]:
 def encode_varints(values: NDArray[np.int32]) -> bytes:
     """The inverse of `decode_varints`."""
     wide = values.astype(np.int64).view(np.uint64)
-    pieces = (wide[:, None] >> np.arange(0, 70, 7, dtype=np.uint64)) & np.uint64(0x7F)
+    num_bits = max(int(wide.max(initial=0)).bit_length(), 1)
+    pieces = (wide[:, None] >> np.arange(0, num_bits, 7, dtype=np.uint64)) & np.uint64(0x7F)
     # Which bytes are there: up to the highest one that is not zero, and always the first.
     kept = np.cumsum(pieces[:, ::-1], axis=1)[:, ::-1] > 0
     kept[:, 0] = True
