@@ -33,6 +33,7 @@ from simipu3d.data.readers.waymo_moment import (
     WaymoRequest,
     WaymoSource,
 )
+from simipu3d.data.readers.waymo_v1 import WaymoV1
 from simipu3d.data.readers.waymo_v2 import WaymoV2
 from simipu3d.errors import BadFrameError, UserError
 from simipu3d.geometry.range_image import range_image_points
@@ -43,6 +44,7 @@ LaserName = Literal["TOP", "FRONT", "SIDE_LEFT", "SIDE_RIGHT", "REAR"]
 
 FORMATS: dict[str, type[WaymoSource]] = {
     "v2": WaymoV2,
+    "v1": WaymoV1,
 }
 """Which source reads a format."""
 
@@ -64,7 +66,7 @@ class WaymoConfig(DataConfig):
     root: Path
     """The folder that holds training/, validation/, testing/."""
     version: str = "v2"
-    """Which format the download has: v2 (parquet)."""
+    """Which format the download has: v2 (folders of .parquet) or v1 (.tfrecord). Both give the same frames."""
     split: Literal["train", "val", "test", "all"] = "train"
     """The folder training, validation or testing; `all`: root itself holds the components' folders (v2) or the records
     (v1)."""
@@ -85,7 +87,7 @@ class WaymoConfig(DataConfig):
     """1: a lidar's first return only; 2: its second too. Default: both (paper's converter)."""
     features: tuple[Literal["intensity", "elongation"], ...] = ("intensity",)
     """Columns of a point after x, y, z: tanh of the intensity, and the elongation as it was measured (how much longer
-    than it was sent the pulse came back). Format v2 has no time a point."""
+    than it was sent the pulse came back). Waymo has no time a point."""
     no_label_zone: Literal["keep", "drop"] = "drop"
     """What becomes of points in zones that nobody labelled. Default: dropped, as by the paper's converter and those of
     detection toolboxes, so that a scan holds what detectors see; pre-training needs no label and may keep them."""
