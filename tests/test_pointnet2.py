@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from simipu3d.config import parse_part
 from simipu3d.contracts.batch import PointView
 from simipu3d.encoders import row_norm
-from simipu3d.encoders.pointnet2 import PointNet2Config, PointNet2MSG
+from simipu3d.encoders.pointnet2 import RELEASED_LAYERS, PointNet2Config, PointNet2MSG
 from simipu3d.errors import UserError
 from simipu3d.ops.ball_query import ball_query, group_rows
 from simipu3d.registry import POINT_ENCODERS
@@ -269,7 +269,7 @@ def test_columns_must_fit():
         PointNet2MSG(PointNet2Config(), ("intensity", "x", "y", "z"))
     with pytest.raises(ValueError, match="4 columns"):
         build()(view_of([torch.zeros(5, 5)]))
-    bare = PointNet2MSG(PointNet2Config(layers=PointNet2Config().layers[:1]), ("x", "y", "z"))
+    bare = PointNet2MSG(PointNet2Config(layers=RELEASED_LAYERS[:1]), ("x", "y", "z"))
     assert bare(view_of([torch.randn(50, 3)])).features.shape == (50, 128)
 
 
