@@ -10,29 +10,28 @@ Shapes: N points.
 import logging
 import math
 import multiprocessing
-import resource
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+import simipu3d.encoders  # noqa: F401  (fills POINT_ENCODERS)
 from simipu3d.config import parse_part
 from simipu3d.contracts.batch import PointView
 from simipu3d.data.drive_world.dataset import DriveWorld, DriveWorldConfig
 from simipu3d.data.readers.files import read_float_rows
-from simipu3d.encoders import pillar, pointnet2, sparse_unet, voxel_backbone  # noqa: F401  (fill the registry)
 from simipu3d.errors import UserError
 from simipu3d.registry import POINT_ENCODERS
 
 log = logging.getLogger(__name__)
 
 SIZES = (4096, 16384, 32768, 65536, 131072)
-QUICK_SIZES = (256, 1024)
+QUICK_SIZES = (1024,)
 REPEATS = 3
 
 SCENE = (-70.4, -72.0, -4.0, 70.4, 72.0, 4.0)
@@ -51,7 +50,7 @@ def measure(samples: Path | None, quick: bool) -> list[dict[str, Any]]:
 
     Args:
         samples: folder with kitti/training/velodyne; None: a made street.
-        quick: two small sizes, one repeat.
+        quick: one small size, one repeat.
 
     Raises:
         UserError: the folder holds no sweeps, or too few points.
@@ -86,15 +85,15 @@ def label(block: dict[str, Any]) -> str:
 def measure_encoder(block: dict[str, Any], points: NDArray[np.float32], repeats: int) -> dict[str, Any]:
     """Build an encoder and run it on one cloud (N, 4), in this process.
 
-    Memory is what the steps add to the process (its peak, less what it held before the first), or what torch held on the
-    GPU at most, MiB.
+    Memory, MiB, is what the steps add: the peak of the process, or of what torch holds on the GPU, less what was held
+    before the first.
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = _build(block).to(device)
     view = _view(points, device)
-    before = _memory_mib(device)
+    before = _memory_mib(device, "VmRSS")
     times = []
     for _ in range(1 + repeats):
         encoder.zero_grad()
@@ -106,15 +105,16 @@ def measure_encoder(block: dict[str, Any], points: NDArray[np.float32], repeats:
         times.append((_now(device) - start) * 1e3)
     assert bool(tokens.features.isfinite().all()), "features are not finite"
     for name, parameter in encoder.named_parameters():
-        assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), f"{name} has no finite gradient"
+        assert parameter.grad is not None, f"{name} has no gradient"
+        assert bool(parameter.grad.isfinite().all()), f"the gradient of {name} is not finite"
     return {
         "encoder": label(block),
         "points": len(points),
         "parameters": sum(p.numel() for p in encoder.parameters()),
         "tokens": len(tokens.xyz),
         "step_ms": median(times[1:]),
-        "memory_mib": _memory_mib(device) - before,
-        "device": "cpu, 1 thread" if device.type == "cpu" else torch.cuda.get_device_name(),
+        "memory_mib": _memory_mib(device, "VmHWM") - before,
+        "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(),
     }
 
 
@@ -142,10 +142,13 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _memory_mib(device: torch.device) -> float:
+def _memory_mib(device: torch.device, kind: Literal["VmRSS", "VmHWM"]) -> float:
+    """What is held now (VmRSS) or was at most (VmHWM). By /proc, because getrusage counts the parent's peak in."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        held = torch.cuda.memory_allocated() if kind == "VmRSS" else torch.cuda.max_memory_allocated()
+        return held / 2**20
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(kind)) / 2**10
 
 
 def kitti_sweeps(samples: Path) -> list[NDArray[np.float32]]:
