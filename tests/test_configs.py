@@ -49,7 +49,10 @@ def test_the_released_recipe_differs_from_the_corrected_one_in_these_switches_on
     }
 
 
-@pytest.mark.parametrize("encoder", ["pointnet2_msg", "sparse_unet34", "voxel_backbone8x", "voxel_res_backbone8x"])
+@pytest.mark.parametrize(
+    "encoder",
+    ["pillar", "pointnet2_msg", "pointnet2_ssg", "sparse_unet34", "voxel_backbone8x", "voxel_res_backbone8x"],
+)
 def test_an_encoder_is_swapped_by_one_word(encoder):
     config = load_pretrain_config("configs/simipu/kitti.yaml", [f"point_encoder.name={encoder}"])
     method = build_method(config, ("x", "y", "z", "intensity"))
@@ -61,10 +64,11 @@ def test_an_encoder_is_swapped_by_one_word(encoder):
     "path", [path for path in CONFIGS if path.parent.name == "encoders"], ids=lambda path: path.stem
 )
 def test_an_encoder_configuration_changes_the_encoder_only(path):
-    """The file is called after the encoder, and resolves to the corrected recipe in everything else."""
+    """The file is called after the encoder (and its size), and resolves to the corrected recipe in everything else."""
     kitti, mine = (load_pretrain_config(p).to_plain() for p in (Path("configs/simipu/kitti.yaml"), path))
-    assert mine["point_encoder"]["name"] == path.stem
-    assert {key.partition(".")[0] for key in changed_keys(kitti, mine)} == {"point_encoder"}
+    assert path.stem.removesuffix("_light") == mine["point_encoder"]["name"]
+    assert path.stem.endswith("_light") == (mine["point_encoder"].get("size") == "light")
+    assert {key.partition(".")[0] for key in changed_keys(kitti, mine)} <= {"point_encoder"}
 
 
 @pytest.mark.parametrize("name", ["nuscenes", "waymo"])

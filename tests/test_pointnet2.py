@@ -1,5 +1,7 @@
 """PointNet++: the released network's size and arithmetic, and what every point encoder promises."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from simipu3d.config import parse_part
 from simipu3d.contracts.batch import PointView
 from simipu3d.encoders import row_norm
-from simipu3d.encoders.pointnet2 import PointNet2Config, PointNet2MSG
+from simipu3d.encoders.pointnet2 import RELEASED_LAYERS, PointNet2Config, PointNet2MSG, PointNet2SSG, PointNet2SSGConfig
 from simipu3d.errors import UserError
 from simipu3d.ops.ball_query import ball_query, group_rows
 from simipu3d.registry import POINT_ENCODERS
@@ -262,6 +264,90 @@ def test_wrong_keys_are_named(keys, message):
         build(**keys)
 
 
+def build_ssg(**keys) -> PointNet2SSG:
+    small = {"num_points": [64, 16], "radii": [2.0, 6.0], "num_samples": [4, 8], "mlps": [[4, 5], [6]]}
+    config = parse_part("point_encoder", POINT_ENCODERS, {"name": "pointnet2_ssg", **small, **keys})
+    return POINT_ENCODERS["pointnet2_ssg"].target(config, point_columns=("x", "y", "z", "intensity"))
+
+
+def test_the_light_size_is_chosen_by_one_word():
+    """The same names, shells that reach as far, a seventh of the parameters."""
+    light, released = PointNet2MSG(PointNet2Config(size="light")), PointNet2MSG(PointNet2Config())
+    assert sum(p.numel() for p in light.parameters()) == 246_816
+    assert light.out_channels == 256
+    reach = [net.SA_modules[-1].shells[-1].radius for net in (light, released)]
+    assert reach[0] == reach[1]
+    assert set(light.state_dict()) < set(released.state_dict())
+    with pytest.raises(UserError, match="leave size out"):
+        build(size="light")
+    with pytest.raises(UserError, match="size"):
+        build(size="tiny", layers=None)
+
+
+def test_single_scale_parameters_are_counted_by_hand():
+    """A layer of a MLP has in * out weights, and a bias and two BatchNorm numbers an output."""
+    widths = [[4, 64, 64, 128], [131, 128, 128, 256], [259, 256, 512, 1024]]
+    expected = sum(a * b + 3 * b for sizes in widths for a, b in pairwise(sizes))
+    encoder = PointNet2SSG(PointNet2SSGConfig())
+    assert sum(p.numel() for p in encoder.parameters()) == expected == 807_808
+    assert encoder.out_channels == 1024
+    assert {m.eps for m in encoder.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {1e-5}
+    names = set(encoder.state_dict())
+    assert "SA_modules.2.mlps.0.layer2.conv.weight" in names
+    assert not any(name.startswith("aggregation") for name in names)
+
+
+@pytest.mark.parametrize("use_xyz", [False, True])
+def test_single_scale_tokens_by_a_loop(use_xyz):
+    """Every centre, one after the other: the first neighbours within the radius, the MLP, the maximum."""
+    encoder = settle(build_ssg(use_xyz=use_xyz))
+    scenes = random_scenes((120, 40))
+    tokens = encoder(view_of(scenes))
+    for number, scene in enumerate(scenes):
+        xyz, features = scene[:, :3], scene[:, 3:]
+        for abstraction, radius, samples in zip(encoder.SA_modules, (2.0, 6.0), (4, 8), strict=True):
+            rows = abstraction.choose(xyz, features, torch.tensor([0, len(xyz)]))[0]
+            pooled = []
+            for row in rows:
+                near = ((xyz - xyz[row]).square().sum(1) < radius**2).nonzero().flatten()[:samples]
+                hidden = torch.cat([xyz[near] - xyz[row], features[near]], 1) if use_xyz else features[near]
+                for stage in abstraction.mlps[0]:
+                    bn = stage.bn
+                    hidden = F.linear(hidden, stage.conv.weight.flatten(1), stage.conv.bias)
+                    hidden = F.relu(F.batch_norm(hidden, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=1e-5))
+                pooled.append(hidden.amax(0))
+            xyz, features = xyz[rows], torch.stack(pooled)
+        own = tokens.batch_index == number
+        assert torch.equal(tokens.xyz[own], xyz)
+        torch.testing.assert_close(tokens.features[own], features, rtol=1e-4, atol=1e-5)
+
+
+def test_single_scale_gradients_and_few_points():
+    encoder = build_ssg().train()
+    encoder(view_of(random_scenes())).features.square().sum().backward()
+    for name, parameter in encoder.named_parameters():
+        assert parameter.grad is not None, name
+        assert name.endswith("conv.bias") or parameter.grad.abs().sum() > 0, name
+    for sizes in ((0,), (1, 0), (2, 1)):
+        assert build_ssg().train()(view_of(random_scenes(sizes))).features.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"radii": [1.0]}, "num_points 2, radii 1, num_samples 2, mlps 2"),
+        ({"mlps": [[4], []]}, "at least one width"),
+        ({"num_points": []}, "num_points"),
+        ({"radius": [1.0]}, "did you mean radii"),
+    ],
+)
+def test_wrong_keys_of_the_single_scale_network_are_named(keys, message):
+    with pytest.raises(UserError, match=message):
+        build_ssg(**keys)
+    with pytest.raises(UserError, match="pointnet2_ssg: points must begin"):
+        PointNet2SSG(PointNet2SSGConfig(), ("intensity", "x", "y", "z"))
+
+
 def test_columns_must_fit():
     with pytest.raises(UserError, match="use_xyz"):
         PointNet2MSG(PointNet2Config(use_xyz=False), ("x", "y", "z"))
@@ -269,7 +355,7 @@ def test_columns_must_fit():
         PointNet2MSG(PointNet2Config(), ("intensity", "x", "y", "z"))
     with pytest.raises(ValueError, match="4 columns"):
         build()(view_of([torch.zeros(5, 5)]))
-    bare = PointNet2MSG(PointNet2Config(layers=PointNet2Config().layers[:1]), ("x", "y", "z"))
+    bare = PointNet2MSG(PointNet2Config(layers=RELEASED_LAYERS[:1]), ("x", "y", "z"))
     assert bare(view_of([torch.randn(50, 3)])).features.shape == (50, 128)
 
 

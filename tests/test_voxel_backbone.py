@@ -204,9 +204,14 @@ def slow_tokens(net, points, shape):
     return {cell: np.mean(group, axis=0) for cell, group in sorted(groups.items())}
 
 
+# 59 x 45 x 23 voxels, odd at every level but one; 64 x 48 x 24 shrink evenly.
+ODD = {"point_range": [-4.0, -2.0, -2.0, 3.375, 3.625, 3.75]}
+
+
+@pytest.mark.parametrize("grid", [{}, ODD])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_token_is_the_mean_of_the_points_nearest_to_its_receptive_centre(seed):
-    net = build("voxel_backbone8x").eval()
+def test_a_token_is_the_mean_of_the_points_nearest_to_its_receptive_centre(seed, grid):
+    net = build("voxel_backbone8x", **grid).eval()
     # Some points beyond the range on every side, none exactly between two centres.
     points = random_scene(seed, low=(-5.0, -3.0, -3.0), high=(5.0, 5.0, 5.0)) + 1 / 1024
     view = make_view(points)
@@ -264,6 +269,28 @@ def test_batch_equals_scenes_one_by_one(name):
         torch.testing.assert_close(alone.features, tokens.features[mine])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_duplicates_and_the_order_of_points_change_nothing(name):
+    net = randomise_norms(build(name)).eval()
+    scene = random_scene(4)
+    order = torch.randperm(2 * len(scene), generator=torch.Generator().manual_seed(0))
+    alone, double = net(make_view(scene)), net(make_view(torch.cat([scene, scene])[order]))
+    torch.testing.assert_close(alone.xyz, double.xyz)
+    torch.testing.assert_close(alone.features, double.features)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_phase_within_a_cell_matters(name):
+    """One voxel further, the strided layers see others; only whole cells (the test below) leave the features alone."""
+    net = randomise_norms(build(name)).eval()
+    net.conv_input[0].weight.data[..., :3] = 0
+    sums = []
+    for step in (0.0, 0.125):
+        scene = random_scene(3, low=(-3.0, -1.0, -2.0), high=(3.0, 3.0, 4.0)) + torch.tensor([step, 0, 0, 0])
+        sums.append(net.stages(net.voxelize(make_view(scene))[0])[-1].features.sum(0))
+    assert (sums[0] - sums[1]).abs().max() > 1e-3
+
+
 def test_points_out_of_range_change_nothing():
     net = build("voxel_backbone8x").eval()
     scene = random_scene(1)
@@ -275,8 +302,11 @@ def test_points_out_of_range_change_nothing():
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("points", [0, 1])
-def test_nearly_nothing_survives_training_mode(name, points):
-    net = build(name)
+@pytest.mark.parametrize("backend", ["torch", "spconv"])
+def test_nearly_nothing_survives_training_mode(name, points, backend):
+    if backend == "spconv":
+        pytest.importorskip("spconv.pytorch", reason="spconv is not installed")
+    net = build(name, sparse_backend=backend)
     before = {key: value.clone() for key, value in net.state_dict().items()}
     tokens = net(make_view(torch.full((points, 4), 0.5), torch.zeros(0, 4)))
     assert tokens.xyz.shape == (points, 3)

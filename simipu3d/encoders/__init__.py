@@ -1,5 +1,5 @@
 """Point and image encoders. Importing this package fills the registry `POINT_ENCODERS`."""
 
-from simipu3d.encoders import pointnet2, sparse_unet, voxel_backbone
+from simipu3d.encoders import pillar, pointnet2, sparse_unet, voxel_backbone
 
-__all__ = ["pointnet2", "sparse_unet", "voxel_backbone"]
+__all__ = ["pillar", "pointnet2", "sparse_unet", "voxel_backbone"]

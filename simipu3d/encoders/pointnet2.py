@@ -96,6 +96,37 @@ RELEASED_LAYERS = (
 )
 """The network of the released SimIPU configuration: 16384 points -> 4096 -> 2048 -> 1024 tokens of 1024 channels."""
 
+LIGHT_LAYERS = (
+    SetAbstractionConfig(
+        sampler="d_fps",
+        num_points=2048,
+        radii=(0.4, 0.8),
+        num_samples=(16, 32),
+        mlps=((16, 16, 32), (32, 32, 64)),
+        aggregation=64,
+    ),
+    SetAbstractionConfig(
+        sampler="d_fps",
+        num_points=1024,
+        radii=(0.8, 1.6),
+        num_samples=(16, 32),
+        mlps=((32, 32, 64), (64, 64, 128)),
+        aggregation=128,
+    ),
+    SetAbstractionConfig(
+        sampler="d_fps",
+        num_points=1024,
+        radii=(1.6, 4.8),
+        num_samples=(16, 16),
+        mlps=((64, 64, 128), (128, 128, 256)),
+        aggregation=256,
+    ),
+)
+"""A network of our own for small machines, the released one's reach with a seventh of its parameters: 16384 points -> 2048 ->
+1024 -> 1024 tokens of 256 channels."""
+
+_SIZES = {"released": RELEASED_LAYERS, "light": LIGHT_LAYERS}
+
 
 class PointNet2Config(PartConfig):
     """The `point_encoder:` block of `pointnet2_msg`. Defaults: the released SimIPU network, its two slips mended."""
@@ -110,14 +141,27 @@ class PointNet2Config(PartConfig):
     neighbourhood: Literal["annulus", "ball"] = "annulus"
     """A shell reaches from the radius before it to its own (released, 3DSSD's dilated groups), or from the centre
     (PointNet++)."""
-    layers: tuple[SetAbstractionConfig, ...] = Field(default=RELEASED_LAYERS, min_length=1)
-    """The set abstraction layers, in order. Default: released."""
+    size: Literal["released", "light"] = "released"
+    """Which layers: SimIPU's, or (`light`) our own with a seventh of the parameters. Default: released."""
+    layers: tuple[SetAbstractionConfig, ...] | None = Field(default=None, min_length=1)
+    """The set abstraction layers, in order, in place of the size's."""
     bn_eps: PositiveFloat = 1e-3
     """BatchNorm epsilon in the shells' MLPs. Default: released."""
     aggregation_bn_eps: PositiveFloat = 1e-5
     """BatchNorm epsilon in the layers that mix the shells. Default: released."""
     bn_momentum: float = Field(default=0.1, gt=0, le=1)
     """Share of a new batch in all BatchNorms' running statistics. Default: released."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "PointNet2Config":
+        if self.layers is not None and self.size != "released":
+            raise ValueError("layers take the place of the size's; leave size out, or layers")
+        return self
+
+    @property
+    def abstractions(self) -> tuple[SetAbstractionConfig, ...]:
+        """The layers that are built."""
+        return self.layers or _SIZES[self.size]
 
 
 class ConvNormReLU(nn.Module):
@@ -214,7 +258,7 @@ class PointNet2MSG(nn.Module):
         super().__init__()
         if tuple(point_columns[:3]) != ("x", "y", "z"):
             raise UserError(
-                f"pointnet2_msg: points must begin with the columns x, y, z, they are {', '.join(point_columns)}"
+                f"{config.name}: points must begin with the columns x, y, z, they are {', '.join(point_columns)}"
             )
         if len(point_columns) == 3 and not config.use_xyz:
             raise UserError(
@@ -224,7 +268,7 @@ class PointNet2MSG(nn.Module):
         self.SA_modules = nn.ModuleList()
         self.aggregation_mlps = nn.ModuleList()
         channels = len(point_columns) - 3
-        for layer in config.layers:
+        for layer in config.abstractions:
             self.SA_modules.append(SetAbstraction(layer, config, channels))
             self.aggregation_mlps.append(_aggregation(layer, config))
             channels = layer.out_channels
@@ -243,6 +287,65 @@ class PointNet2MSG(nn.Module):
             features = aggregation(features)
             xyz, source_index = xyz.index_select(0, rows), source_index.index_select(0, rows)
         return PointTokens(xyz, features, batch_index_from_offsets(offsets).to(xyz.device), source_index)
+
+
+class PointNet2SSGConfig(PartConfig):
+    """The `point_encoder:` block of `pointnet2_ssg`. The four lists have one entry a layer."""
+
+    name: str = "pointnet2_ssg"
+    """Chooses this encoder."""
+    use_xyz: bool = True
+    """Feed each neighbour's offset from its centre, metres, to the MLPs. Default: PointNet++'s."""
+    num_points: tuple[PositiveInt, ...] = Field(default=(4096, 2048, 1024), min_length=1)
+    """Centres of every scene, taken farthest first; those of the last layer are the tokens. Default: as many as the
+    layers of `pointnet2_msg` take."""
+    radii: tuple[PositiveFloat, ...] = (0.8, 1.6, 4.8)
+    """Radius of the ball round a centre, metres. Default: the widest of each layer of `pointnet2_msg`."""
+    num_samples: tuple[PositiveInt, ...] = (32, 32, 32)
+    """Neighbours taken at most. Default: as the authors' code has it for scenes."""
+    mlps: tuple[tuple[PositiveInt, ...], ...] = ((64, 64, 128), (128, 128, 256), (256, 512, 1024))
+    """Output widths of the shared MLP. Default: PointNet++'s SSG network (arXiv:1706.02413, appendix B)."""
+    bn_eps: PositiveFloat = 1e-5
+    """BatchNorm epsilon. Default: torch's, which OpenPCDet and mmdetection3d keep."""
+    bn_momentum: float = Field(default=0.1, gt=0, le=1)
+    """Share of a new batch in the running statistics. Default: torch's."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "PointNet2SSGConfig":
+        lists = {"num_points": self.num_points, "radii": self.radii, "num_samples": self.num_samples, "mlps": self.mlps}
+        lengths = {key: len(values) for key, values in lists.items()}
+        if len(set(lengths.values())) > 1:
+            found = ", ".join(f"{key} {length}" for key, length in lengths.items())
+            raise ValueError(f"num_points, radii, num_samples and mlps have one entry a layer each; they have {found}")
+        if not all(self.mlps):
+            raise ValueError("every entry of mlps needs at least one width")
+        return self
+
+    def as_msg(self) -> PointNet2Config:
+        """The same network as one with several shells a layer, of which it has one."""
+        layers = tuple(
+            SetAbstractionConfig(
+                sampler="d_fps", num_points=num, radii=(radius,), num_samples=(samples,), mlps=(mlp,), aggregation=None
+            )
+            for num, radius, samples, mlp in zip(self.num_points, self.radii, self.num_samples, self.mlps, strict=True)
+        )
+        return PointNet2Config(
+            name=self.name,
+            use_xyz=self.use_xyz,
+            neighbourhood="ball",
+            layers=layers,
+            bn_eps=self.bn_eps,
+            bn_momentum=self.bn_momentum,
+        )
+
+
+@POINT_ENCODERS.register("pointnet2_ssg", config=PointNet2SSGConfig)
+class PointNet2SSG(PointNet2MSG):
+    """PointNet++ with one ball a layer (arXiv:1706.02413). Names in the state dict as of `pointnet2_msg`, which are
+    mmdetection3d's; everything else as there."""
+
+    def __init__(self, config: PointNet2SSGConfig, point_columns: Sequence[str] = ("x", "y", "z", "intensity")):
+        super().__init__(config.as_msg(), point_columns)
 
 
 def _aggregation(layer: SetAbstractionConfig, config: PointNet2Config) -> nn.Module:

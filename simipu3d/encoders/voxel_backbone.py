@@ -10,17 +10,13 @@ are (x, y, z), as OpenPCDet's configurations have them.
 """
 
 from collections.abc import Callable, Sequence
-from math import isclose
 
-import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from simipu3d.config import PartConfig
 from simipu3d.contracts.batch import PointView
-from simipu3d.contracts.tokens import PointTokens
 from simipu3d.encoders.sparse import (
-    SiteBatchNorm,
     SparseBackend,
     SparseConv3d,
     SparseModule,
@@ -28,13 +24,10 @@ from simipu3d.encoders.sparse import (
     SparseTensor,
     SubMConv3d,
 )
-from simipu3d.encoders.sparse.layers import SparseConvolution
-from simipu3d.encoders.sparse.tensor import Triple, find_rows, linear_key
-from simipu3d.encoders.voxel_tokens import tokens_at_sites
+from simipu3d.encoders.sparse.tensor import Triple
+from simipu3d.encoders.strided_backbone import PointRange, SparseResidualBlock, StridedBackbone, check_grid, with_norm
 from simipu3d.ops.voxelize import grid_size, voxelize
 from simipu3d.registry import POINT_ENCODERS
-
-STAGE_STRIDE = 8
 
 
 class VoxelBackboneConfig(PartConfig):
@@ -45,7 +38,7 @@ class VoxelBackboneConfig(PartConfig):
     """Who computes: `spconv`, `torch`, or `auto` (spconv on CUDA where it is installed, else torch)."""
     voxel_size: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.05, 0.05, 0.1)
     """Metres along x, y, z. Default: OpenPCDet's KITTI configuration."""
-    point_range: tuple[float, float, float, float, float, float] = (0.0, -40.0, -3.0, 70.4, 40.0, 1.0)
+    point_range: PointRange = (0.0, -40.0, -3.0, 70.4, 40.0, 1.0)
     """x, y, z of the lowest corner, then of the highest, metres; other points are dropped. Default: as voxel_size."""
     num_tokens: PositiveInt = 1024
     """Most tokens of a scene; more are thinned by farthest point sampling. Default: as SimIPU's PointNet++ has."""
@@ -57,18 +50,7 @@ class VoxelBackboneConfig(PartConfig):
 
     @model_validator(mode="after")
     def _check(self) -> "VoxelBackboneConfig":
-        low, high = self.point_range[:3], self.point_range[3:]
-        for axis, start, stop, size in zip("xyz", low, high, self.voxel_size, strict=True):
-            cells = (stop - start) / size
-            if stop <= start or not isclose(cells, round(cells), abs_tol=1e-3):
-                raise ValueError(
-                    f"point_range along {axis} must be a whole number of voxels; "
-                    f"[{start}, {stop}] holds {cells:.3f} of {size} m"
-                )
-        if min(self.grid_shape) < STAGE_STRIDE:
-            raise ValueError(
-                f"the grid is {self.grid_shape} voxels (z, y, x) and shrinks by {STAGE_STRIDE}; widen point_range"
-            )
+        check_grid(self.point_range, self.voxel_size, "voxel")
         if self.last_pad and not self.output_conv:
             raise ValueError("last_pad belongs to conv_out; set output_conv: true or leave it out")
         return self
@@ -88,28 +70,7 @@ class VoxelResBackboneConfig(VoxelBackboneConfig):
     TransFusion-L and BEVFusion set USE_BIAS: False. A BatchNorm follows each and takes it out again when training."""
 
 
-class SparseResidualBlock(SparseModule):
-    """Two submanifold convolutions and a way round them."""
-
-    def __init__(self, channels: int, indice_key: str, *, bias: bool, backend: SparseBackend):
-        super().__init__()
-        self.conv1 = SubMConv3d(channels, channels, indice_key, bias=bias, backend=backend)
-        self.bn1 = SiteBatchNorm(channels)
-        self.conv2 = SubMConv3d(channels, channels, indice_key, bias=bias, backend=backend)
-        self.bn2 = SiteBatchNorm(channels)
-        self.relu = nn.ReLU()
-
-    def forward(self, x: SparseTensor) -> SparseTensor:
-        inner = self.conv1(x)
-        inner = self.conv2(inner.with_features(self.relu(self.bn1(inner.features))))
-        return inner.with_features(self.relu(self.bn2(inner.features) + x.features))
-
-
-def _with_norm(convolution: SparseConvolution) -> SparseSequential:
-    return SparseSequential(convolution, SiteBatchNorm(convolution.weight.shape[0]), nn.ReLU())
-
-
-class _VoxelBackbone(nn.Module):
+class _VoxelBackbone(StridedBackbone):
     """What both backbones share: everything but the blocks of a stage.
 
     Args:
@@ -129,35 +90,21 @@ class _VoxelBackbone(nn.Module):
         widths: tuple[int, int, int, int],
         blocks: Callable[[int, int], list[SparseModule]],
     ):
-        super().__init__()
-        if tuple(point_columns[:3]) != ("x", "y", "z"):
-            raise ValueError(f"point_columns must begin with x, y, z, got {', '.join(point_columns)}")
+        nz, ny, nx = config.grid_shape
+        super().__init__(point_columns, config.point_range, config.voxel_size, (nz + 1, ny, nx), config.num_tokens)
         self.config = config
         backend = config.sparse_backend
-        nz, ny, nx = config.grid_shape
-        self.sparse_shape = (nz + 1, ny, nx)
         self.out_channels = widths[3]
-        self.conv_input = _with_norm(SubMConv3d(len(point_columns), widths[0], "subm1", backend=backend))
+        self.conv_input = with_norm(SubMConv3d(len(point_columns), widths[0], "subm1", backend=backend))
         self.conv1 = SparseSequential(*blocks(1, widths[0]))
         for stage in (2, 3, 4):
             padding = (0, 1, 1) if stage == 4 else (1, 1, 1)
             down = SparseConv3d(*widths[stage - 2 : stage], f"spconv{stage}", padding=padding, backend=backend)
-            setattr(self, f"conv{stage}", SparseSequential(_with_norm(down), *blocks(stage, widths[stage - 1])))
+            setattr(self, f"conv{stage}", SparseSequential(with_norm(down), *blocks(stage, widths[stage - 1])))
         self.conv_out = None
         if config.output_conv:
             options = {"kernel_size": (3, 1, 1), "stride": (2, 1, 1), "padding": (config.last_pad,) * 3}
-            self.conv_out = _with_norm(SparseConv3d(widths[3], 128, "spconv_down2", **options, backend=backend))
-
-    def forward(self, view: PointView) -> PointTokens:
-        """Tokens of a view: conv4's features at the mean of the raw points that a site owns.
-
-        The rows are ascending by scene, then by the site's (z, y, x), also after thinning. A scene without a point in
-        `point_range` gives none.
-        """
-        voxels, in_range = self.voxelize(view)
-        conv4 = self.stages(voxels)[-1]
-        point_site = self.owners(view, conv4).masked_fill(~in_range, -1)
-        return tokens_at_sites(view, conv4, point_site, self.config.num_tokens)
+            self.conv_out = with_norm(SparseConv3d(widths[3], 128, "spconv_down2", **options, backend=backend))
 
     def voxelize(self, view: PointView) -> tuple[SparseTensor, Tensor]:
         """The view's voxels with the mean of their points' columns, and which points (N,) lie in `point_range`."""
@@ -167,10 +114,7 @@ class _VoxelBackbone(nn.Module):
 
     def stages(self, voxels: SparseTensor) -> tuple[SparseTensor, SparseTensor, SparseTensor, SparseTensor]:
         """Outputs of conv1 to conv4 (OpenPCDet's `multi_scale_3d_features`), strides 1, 2, 4, 8."""
-        conv1 = self.conv1(self.conv_input(voxels))
-        conv2 = self.conv2(conv1)
-        conv3 = self.conv3(conv2)
-        return conv1, conv2, conv3, self.conv4(conv3)
+        return super().stages(self.conv_input(voxels))
 
     def bev_map(self, conv4: SparseTensor) -> Tensor:
         """(B, 128 * D, ny / 8, nx / 8): `conv_out` of the last stage, its heights stacked as channels (channel-major).
@@ -182,41 +126,6 @@ class _VoxelBackbone(nn.Module):
             raise ValueError("this backbone was built without conv_out; set output_conv: true")
         return self.conv_out(conv4).dense().flatten(1, 2)
 
-    def owners(self, view: PointView, conv4: SparseTensor) -> Tensor:
-        """(N,) row of the conv4 site whose receptive centre is nearest to a point, -1 where that cell is not active.
-
-        The centres are a grid, so the nearest one is found axis by axis. Of a point inside `point_range` it is always
-        active: the strided layers reach 7 voxels from a cell's centre, and the next centre is 8 away.
-        """
-        stride, centre = self.receptive_grid()
-        low, size = (
-            view.points.new_tensor(v, dtype=torch.float64)
-            for v in (self.config.point_range[:3], self.config.voxel_size)
-        )
-        position = ((view.points[:, :3].double() - low) / size - 0.5).flip(
-            1
-        )  # in voxels, z y x, 0 at the centre of voxel 0
-        # floor(. + 0.5), not round: halves must go one way everywhere, or a shift by whole cells would change owners.
-        cell = torch.floor((position - position.new_tensor(centre)) / position.new_tensor(stride) + 0.5).long()
-        last = cell.new_tensor(conv4.spatial_shape) - 1
-        cell = torch.minimum(cell.clamp(min=0), last)
-        keys = linear_key(conv4.voxel_bzyx, conv4.spatial_shape)
-        rows, found = find_rows(keys, linear_key(torch.cat([view.batch_index[:, None], cell], 1), conv4.spatial_shape))
-        return rows.masked_fill(~found, -1)
-
-    def receptive_grid(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """Distance from one conv4 cell's receptive centre to the next, and the centre of cell 0, in voxels, (z, y, x).
-
-        Output cell o of a layer sits over input index o * stride - padding + (kernel - 1) / 2; the layers are composed.
-        """
-        stride, centre = [1, 1, 1], [0.0, 0.0, 0.0]
-        for stage in (self.conv2, self.conv3, self.conv4):
-            geometry = stage[0][0].geometry
-            for axis in range(3):
-                centre[axis] += stride[axis] * ((geometry.kernel_size[axis] - 1) / 2 - geometry.padding[axis])
-                stride[axis] *= geometry.stride[axis]
-        return tuple(stride), tuple(centre)
-
 
 @POINT_ENCODERS.register("voxel_backbone8x", config=VoxelBackboneConfig)
 class VoxelBackbone8x(_VoxelBackbone):
@@ -227,7 +136,7 @@ class VoxelBackbone8x(_VoxelBackbone):
 
         def blocks(stage: int, channels: int) -> list[SparseModule]:
             count = 1 if stage == 1 else 2
-            return [_with_norm(SubMConv3d(channels, channels, f"subm{stage}", backend=backend)) for _ in range(count)]
+            return [with_norm(SubMConv3d(channels, channels, f"subm{stage}", backend=backend)) for _ in range(count)]
 
         super().__init__(config, point_columns, (16, 32, 64, 64), blocks)
 

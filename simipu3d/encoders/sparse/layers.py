@@ -1,6 +1,10 @@
-"""Layers on a `SparseTensor`. One state dict (weights as spconv 2 has them: out, kz, ky, kx, in), whoever computes."""
+"""Layers on a `SparseTensor`. One state dict (weights as spconv 2 has them: out, kz, ky, kx, in), whoever computes.
+
+On grids of two axes a weight is (out, ky, kx, in). Every layer is one piece of code for any number of axes.
+"""
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +12,7 @@ from torch.nn import functional as F
 
 from simipu3d.encoders.sparse.backends import SparseBackend, check_backend, choose_backend
 from simipu3d.encoders.sparse.rulebook import ConvGeometry
-from simipu3d.encoders.sparse.tensor import SparseTensor, Triple
+from simipu3d.encoders.sparse.tensor import Cells, SparseTensor
 
 
 class SparseModule(nn.Module):
@@ -58,45 +62,40 @@ class SparseConvolution(SparseModule):
         return f"{channels}, kernel_size={g.kernel_size}, stride={g.stride}, padding={g.padding}, key={g.indice_key}"
 
 
-class SubMConv3d(SparseConvolution):
+def _per_axis(number: int | Cells, num_axes: int) -> Cells:
+    """One number for all axes, or one each."""
+    if isinstance(number, int):
+        return (number,) * num_axes
+    if len(number) != num_axes:
+        raise ValueError(f"a layer of {num_axes} axes takes {num_axes} numbers, or one for all, got {number}")
+    return tuple(number)
+
+
+class SubMConv(SparseConvolution):
     """Submanifold convolution: the sites stay what they are (arXiv:1711.10275). The kernel is odd and centred."""
 
+    num_axes: ClassVar[int]
+
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
         indice_key: str,
         *,
-        kernel_size: Triple = (3, 3, 3),
+        kernel_size: int | Cells = 3,
         bias: bool = False,
         backend: SparseBackend = "auto",
     ):
-        z, y, x = kernel_size
-        geometry = ConvGeometry("submanifold", kernel_size, (1, 1, 1), (z // 2, y // 2, x // 2), indice_key)
+        kernel = _per_axis(kernel_size, self.num_axes)
+        padding = tuple(size // 2 for size in kernel)
+        geometry = ConvGeometry("submanifold", kernel, _per_axis(1, self.num_axes), padding, indice_key)
         super().__init__(in_channels, out_channels, geometry, bias, backend)
 
 
-class SparseConv3d(SparseConvolution):
+class SparseConv(SparseConvolution):
     """Convolution whose output is active wherever its kernel reaches an active site."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        indice_key: str,
-        *,
-        kernel_size: Triple = (3, 3, 3),
-        stride: Triple = (2, 2, 2),
-        padding: Triple = (1, 1, 1),
-        bias: bool = False,
-        backend: SparseBackend = "auto",
-    ):
-        geometry = ConvGeometry("strided", kernel_size, stride, padding, indice_key)
-        super().__init__(in_channels, out_channels, geometry, bias, backend)
-
-
-class SparseInverseConv3d(SparseConvolution):
-    """Transposed convolution back onto the very sites that the `SparseConv3d` with the same key came from."""
+    num_axes: ClassVar[int]
 
     def __init__(
         self,
@@ -104,12 +103,72 @@ class SparseInverseConv3d(SparseConvolution):
         out_channels: int,
         indice_key: str,
         *,
-        kernel_size: Triple = (3, 3, 3),
+        kernel_size: int | Cells = 3,
+        stride: int | Cells = 2,
+        padding: int | Cells = 1,
         bias: bool = False,
         backend: SparseBackend = "auto",
     ):
-        geometry = ConvGeometry("inverse", kernel_size, (1, 1, 1), (0, 0, 0), indice_key)
+        kernel, stride, padding = (_per_axis(number, self.num_axes) for number in (kernel_size, stride, padding))
+        geometry = ConvGeometry("strided", kernel, stride, padding, indice_key)
         super().__init__(in_channels, out_channels, geometry, bias, backend)
+
+
+class SparseInverseConv(SparseConvolution):
+    """Transposed convolution back onto the very sites that the strided one with the same key came from."""
+
+    num_axes: ClassVar[int]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        indice_key: str,
+        *,
+        kernel_size: int | Cells = 3,
+        bias: bool = False,
+        backend: SparseBackend = "auto",
+    ):
+        kernel, one, zero = (_per_axis(number, self.num_axes) for number in (kernel_size, 1, 0))
+        super().__init__(
+            in_channels, out_channels, ConvGeometry("inverse", kernel, one, zero, indice_key), bias, backend
+        )
+
+
+class SubMConv2d(SubMConv):
+    """`SubMConv` on grids (y, x)."""
+
+    num_axes = 2
+
+
+class SubMConv3d(SubMConv):
+    """`SubMConv` on grids (z, y, x)."""
+
+    num_axes = 3
+
+
+class SparseConv2d(SparseConv):
+    """`SparseConv` on grids (y, x)."""
+
+    num_axes = 2
+
+
+class SparseConv3d(SparseConv):
+    """`SparseConv` on grids (z, y, x)."""
+
+    num_axes = 3
+
+
+class SparseInverseConv2d(SparseInverseConv):
+    """`SparseInverseConv` on grids (y, x)."""
+
+    num_axes = 2
+
+
+class SparseInverseConv3d(SparseInverseConv):
+    """`SparseInverseConv` on grids (z, y, x)."""
+
+    num_axes = 3
 
 
 class SparseSequential(nn.Sequential, SparseModule):

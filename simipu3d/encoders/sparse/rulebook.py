@@ -2,18 +2,21 @@
 
 A rulebook lists these pairs once a level; every layer with the same indice key uses it again. Convolution is
 cross-correlation, as in torch: out[o] = sum over k of weight[k] in[o * stride - padding + k].
-Kernel offsets are counted in (z, y, x) order, x fastest. Source of the scheme: Graham et al., arXiv:1711.10275.
+Kernel offsets are counted in (z, y, x) order, x fastest; a grid may have any number of axes.
+
+Source of the scheme: Graham et al., arXiv:1711.10275.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from simipu3d.encoders.sparse.tensor import SparseTensor, Triple, find_rows, linear_key, split_key
+from simipu3d.encoders.sparse.tensor import Cells, SparseTensor, find_rows, linear_key, split_key
 
 Pairs = tuple[tuple[Tensor, Tensor], ...]
 """For every kernel offset: rows of the source, rows of the target, (P,) int64 each; no target twice in one offset."""
@@ -21,7 +24,7 @@ Pairs = tuple[tuple[Tensor, Tensor], ...]
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """Everything about a sparse convolution except its channels; the triples are (z, y, x).
+    """Everything about a sparse convolution except its channels; numbers an axis are in the order (z, y, x).
 
     Attributes:
         kind: `submanifold` keeps the sites (odd kernel, stride 1); `strided` activates every cell that its kernel
@@ -30,22 +33,22 @@ class ConvGeometry:
     """
 
     kind: Literal["submanifold", "strided", "inverse"]
-    kernel_size: Triple
-    stride: Triple
-    padding: Triple
+    kernel_size: Cells
+    stride: Cells
+    padding: Cells
     indice_key: str
 
     def __post_init__(self) -> None:
         if self.kind == "submanifold" and any(size % 2 == 0 for size in self.kernel_size):
             raise ValueError(f"a submanifold kernel has a centre, so its size is odd, got {self.kernel_size}")
 
-    def output_shape(self, shape: Triple) -> Triple:
-        """Cells along z, y, x after a strided convolution."""
+    def output_shape(self, shape: Cells) -> Cells:
+        """Cells along every axis after a strided convolution."""
         sizes = zip(shape, self.kernel_size, self.stride, self.padding, strict=True)
-        z, y, x = ((size + 2 * pad - kernel) // stride + 1 for size, kernel, stride, pad in sizes)
-        if min(z, y, x) < 1:
+        cells = tuple((size + 2 * pad - kernel) // stride + 1 for size, kernel, stride, pad in sizes)
+        if min(cells) < 1:
             raise ValueError(f"kernel {self.kernel_size}, padding {self.padding} leaves nothing of a {shape} grid")
-        return z, y, x
+        return cells
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,16 +57,16 @@ class Rulebook:
 
     Attributes:
         geometry: what it was built for, never an inverse one.
-        source_bzyx, target_bzyx: (V, 4), (V', 4) sites; one tensor for a submanifold convolution.
+        source_bzyx, target_bzyx: (V, 1 + D), (V', 1 + D) sites; one tensor for a submanifold convolution.
         source_shape, target_shape: the grids.
         pairs: in the form of the backend that built it.
     """
 
     geometry: ConvGeometry
     source_bzyx: Tensor
-    source_shape: Triple
+    source_shape: Cells
     target_bzyx: Tensor
-    target_shape: Triple
+    target_shape: Cells
     pairs: Any
 
 
@@ -102,17 +105,15 @@ def torch_rulebook(x: SparseTensor, geometry: ConvGeometry, backend: str) -> Rul
 def _submanifold_rulebook(x: SparseTensor, geometry: ConvGeometry) -> Rulebook:
     """Look every neighbour up in the sorted keys. The second half of the kernel mirrors the first."""
     radius = [size // 2 for size in geometry.kernel_size]
-    nz, ny, nx = (size + 2 * r for size, r in zip(x.spatial_shape, radius, strict=True))
     # With a rim of `radius` empty cells a neighbour outside the grid has a key of its own, and it is nobody's.
-    rim = torch.tensor([0, *radius], device=x.voxel_bzyx.device)
-    keys = linear_key(x.voxel_bzyx + rim, (nz, ny, nx))
+    shape = tuple(size + 2 * r for size, r in zip(x.spatial_shape, radius, strict=True))
+    keys = linear_key(x.voxel_bzyx + torch.tensor([0, *radius], device=x.voxel_bzyx.device), shape)
     assert bool((keys[1:] > keys[:-1]).all()), "sites must be unique and sorted by batch, z, y, x"
     half = prod(geometry.kernel_size) // 2
+    axis_steps = [prod(shape[axis + 1 :]) for axis in range(len(shape))]
     steps = [
-        (dz * ny + dy) * nx + dx
-        for dz in range(-radius[0], radius[0] + 1)
-        for dy in range(-radius[1], radius[1] + 1)
-        for dx in range(-radius[2], radius[2] + 1)
+        sum(offset * step for offset, step in zip(offsets, axis_steps, strict=True))
+        for offsets in product(*(range(-r, r + 1) for r in radius))
     ]
     wanted = keys + torch.tensor(steps[:half], dtype=torch.int64, device=keys.device)[:, None]
     rows, found = find_rows(keys, wanted)
@@ -126,17 +127,15 @@ def _submanifold_rulebook(x: SparseTensor, geometry: ConvGeometry) -> Rulebook:
 def _strided_rulebook(x: SparseTensor, geometry: ConvGeometry) -> Rulebook:
     """Every cell that a kernel offset reaches from an active site becomes a target."""
     shape = geometry.output_shape(x.spatial_shape)
-    columns, inside = [], []
-    for axis in range(3):
-        offsets = torch.arange(geometry.kernel_size[axis], device=x.voxel_bzyx.device)[:, None]
+    # Both grow by one kernel axis a turn, to (kz, ky, kx, V) in the end.
+    key, reached = x.voxel_bzyx[:, 0], torch.ones(len(x), dtype=torch.bool, device=x.voxel_bzyx.device)
+    for axis, size in enumerate(shape):
+        offsets = torch.arange(geometry.kernel_size[axis], device=key.device)[:, None]
         start = x.voxel_bzyx[:, axis + 1] + geometry.padding[axis] - offsets  # target * stride
         target = torch.div(start, geometry.stride[axis], rounding_mode="floor")
-        columns.append(target)
-        inside.append((start % geometry.stride[axis] == 0) & (target >= 0) & (target < shape[axis]))
-    z, y, x_ = columns[0][:, None, None], columns[1][None, :, None], columns[2][None, None, :]
-    key = ((x.voxel_bzyx[:, 0] * shape[0] + z) * shape[1] + y) * shape[2] + x_
-    reached = inside[0][:, None, None] & inside[1][None, :, None] & inside[2][None, None, :]
-    key, reached = key.flatten(0, 2), reached.flatten(0, 2)  # (kernel offsets, V)
+        key = key.unsqueeze(-2) * size + target
+        reached = reached.unsqueeze(-2) & (start % geometry.stride[axis] == 0) & (target >= 0) & (target < size)
+    key, reached = key.flatten(0, -2), reached.flatten(0, -2)  # (kernel offsets, V)
     target_keys, target_rows = torch.unique(key[reached], sorted=True, return_inverse=True)
     pairs = tuple((source, target) for target, source in _split_by_offset(reached, target_rows))
     return Rulebook(geometry, x.voxel_bzyx, x.spatial_shape, split_key(target_keys, shape), shape, pairs)

@@ -10,6 +10,7 @@ passes run on one thread there, with that question answered.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +33,12 @@ class _SpconvPairs(NamedTuple):
 
 
 def convolve(x: SparseTensor, weight: Tensor, geometry: ConvGeometry) -> SparseTensor:
-    """Convolve without bias; arguments and result as of `torch_backend.convolve`, which also does what has no site."""
-    if len(x) == 0:
+    """Convolve without bias; arguments and result as of `torch_backend.convolve`.
+
+    That one also does what has no site, and all 1x1 kernels: spconv reads the weight of such a layer as (in, out), the
+    other way round than any other.
+    """
+    if len(x) == 0 or prod(geometry.kernel_size) == 1:
         return torch_backend.convolve(x, weight, geometry)
     import spconv.pytorch as spconv
 
@@ -91,7 +96,7 @@ def _recipe(geometry: ConvGeometry, in_channels: int, out_channels: int) -> nn.M
 
     with torch.device("meta"):  # no memory, and no draw from the random generators
         return SparseConvolution(
-            3,
+            len(geometry.kernel_size),
             in_channels,
             out_channels,
             list(geometry.kernel_size),

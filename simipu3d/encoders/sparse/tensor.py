@@ -1,15 +1,19 @@
-"""What flows between sparse layers? Features on the active cells of a voxel grid.
+"""What flows between sparse layers? Features on the active cells of a grid.
 
-Axis order is (z, y, x), batch first. Shapes: V active sites in the whole batch, C channels.
+The grid has D axes: (z, y, x) for voxels, (y, x) for pillars, batch first; what is called `..._bzyx` has as many columns
+as the grid has axes, and one. Shapes: V active sites in the whole batch, C channels.
 """
 
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Triple = tuple[int, int, int]
+Cells = tuple[int, ...]
+"""A number an axis: z, y, x or y, x."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,16 +22,16 @@ class SparseTensor:
 
     Attributes:
         features: (V, C).
-        voxel_bzyx: (V, 4) int64, unique and sorted lexicographically, inside `spatial_shape`. The layers compare this
+        voxel_bzyx: (V, 1 + D) int64, unique and sorted lexicographically, inside `spatial_shape`. The layers compare this
             tensor by identity, so what changes only the features keeps it (`with_features`).
-        spatial_shape: number of cells along z, y, x.
+        spatial_shape: number of cells along the D axes.
         batch_size: number of grids; a grid may hold no site.
         rulebooks: what the layers found out about neighbours, by (backend, indice key); all tensors of a pass share it.
     """
 
     features: Tensor
     voxel_bzyx: Tensor
-    spatial_shape: Triple
+    spatial_shape: Cells
     batch_size: int
     rulebooks: dict[tuple[str, str], Any] = field(default_factory=dict)
 
@@ -39,25 +43,28 @@ class SparseTensor:
         return replace(self, features=features)
 
     def dense(self) -> Tensor:
-        """(B, C, nz, ny, nx), zero where no site is active."""
-        nz, ny, nx = self.spatial_shape
+        """(B, C, nz, ny, nx), on a grid of two axes (B, C, ny, nx); zero where no site is active."""
         channels = self.features.shape[1]
-        flat = self.features.new_zeros(self.batch_size * nz * ny * nx, channels)
+        flat = self.features.new_zeros(self.batch_size * prod(self.spatial_shape), channels)
         flat = flat.index_add(0, linear_key(self.voxel_bzyx, self.spatial_shape), self.features)
-        return flat.view(self.batch_size, nz, ny, nx, channels).permute(0, 4, 1, 2, 3).contiguous()
+        return flat.view(self.batch_size, *self.spatial_shape, channels).movedim(-1, 1).contiguous()
 
 
-def linear_key(voxel_bzyx: Tensor, spatial_shape: Triple) -> Tensor:
-    """(..., 4) cells to (...) int64 numbers in the same (lexicographic) order."""
-    nz, ny, nx = spatial_shape
-    batch, z, y, x = voxel_bzyx.unbind(-1)
-    return ((batch * nz + z) * ny + y) * nx + x
+def linear_key(voxel_bzyx: Tensor, spatial_shape: Cells) -> Tensor:
+    """(..., 1 + D) cells to (...) int64 numbers in the same (lexicographic) order."""
+    key, *columns = voxel_bzyx.unbind(-1)
+    for size, column in zip(spatial_shape, columns, strict=True):
+        key = key * size + column
+    return key
 
 
-def split_key(key: Tensor, spatial_shape: Triple) -> Tensor:
-    """Undo `linear_key`: (...) numbers to (..., 4) cells."""
-    nz, ny, nx = spatial_shape
-    return torch.stack((key // (nz * ny * nx), key // (ny * nx) % nz, key // nx % ny, key % nx), dim=-1)
+def split_key(key: Tensor, spatial_shape: Cells) -> Tensor:
+    """Undo `linear_key`: (...) numbers to (..., 1 + D) cells."""
+    columns: list[Tensor] = []
+    for size in reversed(spatial_shape):
+        columns.insert(0, key % size)
+        key = key // size
+    return torch.stack([key, *columns], dim=-1)
 
 
 def find_rows(sorted_keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,14 +23,14 @@ def convolve(x: SparseTensor, weight: Tensor, geometry: ConvGeometry) -> SparseT
 
     Args:
         x: features (V, C) of the weight's dtype.
-        weight: (C', kz, ky, kx, C), the layout of spconv 2.
+        weight: (C', kz, ky, kx, C), the layout of spconv 2, with as many kernel axes as the grid has.
         geometry: kernel and key.
 
     Returns:
         the convolved tensor; its sites are sorted.
     """
     book = torch_rulebook(x, geometry, NAME)
-    matrices = weight.flatten(1, 3).permute(1, 2, 0)  # (offsets, C, C')
+    matrices = weight.flatten(1, -2).permute(1, 2, 0)  # (offsets, C, C')
     inverse = geometry.kind == "inverse"
     pairs = tuple((target, source) for source, target in book.pairs) if inverse else book.pairs
     sites, shape = (book.source_bzyx, book.source_shape) if inverse else (book.target_bzyx, book.target_shape)
