@@ -21,7 +21,8 @@ from simipu3d.encoders.image_trunk import (
     ImageEncoderConfig,
     build_trunk,
     checkpoint_gradients,
-    statistics_once,
+    count_batches_once,
+    first_pass,
 )
 from simipu3d.encoders.image_weights import LoadReport, load_pretrained, some_names
 from simipu3d.errors import UserError
@@ -109,9 +110,10 @@ class ImageEncoder(nn.Module):
             self.maps.append(levels[matched]._replace(channels=config.neck_channels))
         self._initialise()
         self._frozen = self._freeze()
-        self.train()
         if config.gradient_checkpointing:
             checkpoint_gradients(self.trunk, self._pad(torch.zeros(1, 3, 64, 64)), config.name)
+            count_batches_once(self.trunk)
+        self.train()
         self._add_normalisation()
         logger.info(
             "image encoder %s: matched map of stride %d, %d channels; tensors that do not run: %s",
@@ -134,7 +136,7 @@ class ImageEncoder(nn.Module):
                 images.new_zeros(0, m.channels, *(-(-size // m.stride) for size in images.shape[2:])) for m in self.maps
             ]
         else:
-            with statistics_once(self.trunk) if self.config.gradient_checkpointing else nullcontext():
+            with first_pass(self.trunk) if self.config.gradient_checkpointing else nullcontext():
                 maps = forward_levels(self.trunk, images, self.level_indices)
             if self.neck is not None:
                 maps.append(self.neck(maps[self._matched :]))
@@ -173,6 +175,8 @@ class ImageEncoder(nn.Module):
             from timm.layers import convert_sync_batchnorm
 
             self.trunk = convert_sync_batchnorm(self.trunk)
+            if self.config.gradient_checkpointing:
+                count_batches_once(self.trunk)
         else:
             logger.info("image_encoder.norm: sync_bn is plain BatchNorm on %s", device_type)
 

@@ -134,7 +134,7 @@ def checkpoint_gradients(trunk: nn.Module, images: torch.Tensor, name: str) -> N
     """Turn gradient checkpointing on, and see that it saves something: some models take the call and ignore it.
 
     Args:
-        trunk: the backbone.
+        trunk: the backbone, in eval mode.
         images: (1, 3, H, W) to try it on.
         name: of the backbone, for errors.
 
@@ -165,14 +165,42 @@ def _kept_values(trunk: nn.Module, images: torch.Tensor) -> int:
     return count
 
 
+def count_batches_once(trunk: nn.Module) -> None:
+    """Let BatchNorms keep their statistics when a checkpointed block is computed again; `first_pass` says when it is not.
+
+    Their outputs need the batch's own statistics both times, so they stay in training mode.
+    """
+    for norm in _norms(trunk):
+        norm.recomputed = False
+        norm.register_forward_pre_hook(_hold_statistics)
+        # Recomputation stops, by an exception, as soon as the last value that is needed is there.
+        norm.register_forward_hook(_release_statistics, always_call=True)
+
+
 @contextmanager
-def statistics_once(trunk: nn.Module) -> Iterator[None]:
-    """Inside, BatchNorms count batches as usual; outside, where checkpointed blocks are computed again, they do not."""
-    norms = [module for module in trunk.modules() if isinstance(module, BatchNorm)]
+def first_pass(trunk: nn.Module) -> Iterator[None]:
+    """Inside, the BatchNorms of `count_batches_once` count as usual."""
+    norms = _norms(trunk)
     for norm in norms:
-        norm.track_running_stats = True
+        norm.recomputed = False
     try:
         yield
     finally:
         for norm in norms:
-            norm.track_running_stats = False
+            norm.recomputed = True
+
+
+def _norms(trunk: nn.Module) -> list[nn.Module]:
+    return [module for module in trunk.modules() if isinstance(module, BatchNorm)]
+
+
+def _hold_statistics(norm: nn.Module, _inputs: tuple[torch.Tensor, ...]) -> None:
+    if norm.training and norm.recomputed:
+        norm.held = (norm.momentum, norm.num_batches_tracked.clone())
+        norm.momentum = 0.0
+
+
+def _release_statistics(norm: nn.Module, _inputs: tuple[torch.Tensor, ...], _output: torch.Tensor | None) -> None:
+    if norm.training and norm.recomputed:
+        norm.momentum, count = norm.held
+        norm.num_batches_tracked.copy_(count)
