@@ -52,7 +52,14 @@ TORCH = {"sparse_backend": "torch"}
 CASES = {
     "pointnet2_msg": Case({"layers": LAYERS}, order_free=False, float64=False, on_points=True),
     "sparse_unet34": Case(
-        {"variant": "14A", "planes": [8] * 8, "stem_channels": 8, "voxel_size": [0.125] * 3, "num_tokens": 1000, **TORCH}
+        {
+            "variant": "14A",
+            "planes": [8] * 8,
+            "stem_channels": 8,
+            "voxel_size": [0.125] * 3,
+            "num_tokens": 1000,
+            **TORCH,
+        }
     ),
     "voxel_backbone8x": Case({**VOXELS, **TORCH}),
     "voxel_res_backbone8x": Case({**VOXELS, **TORCH}),

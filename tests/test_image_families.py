@@ -134,7 +134,7 @@ def test_every_trainable_weight_gets_a_gradient_through_the_method(family):
         trained += parameter.requires_grad
         if not parameter.requires_grad:
             assert name.removeprefix("trunk.") in method.image_encoder.untrained
-    assert trained > 10
+    assert trained > 4
 
 
 @EVERY
