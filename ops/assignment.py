@@ -3,11 +3,8 @@
 Four rules over Euclidean distance, none with a gradient. All take two sets of one scene in one frame, metres, and give
 index pairs sorted by the row of the first; ties go to the lowest row (`hungarian`: any optimum).
 
-`ASSIGNMENTS` maps names to functions `fn(xyz_a, xyz_b, source_a, source_b) -> pairs`.
 Shapes: n and m locations, P pairs.
 """
-
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -127,15 +124,6 @@ def mutual_nearest(
     there, back = _nearest_rows(a, b, numba), _nearest_rows(b, a, numba)
     rows = np.flatnonzero(back[there] == np.arange(len(a)))
     return torch.from_numpy(np.stack([rows, there[rows]], axis=1))
-
-
-ASSIGNMENTS: dict[str, Callable[..., Tensor]] = {
-    "hungarian": hungarian,
-    "greedy": greedy,
-    "nearest": nearest,
-    "mutual_nearest": mutual_nearest,
-}
-"""Every rule by its name in a configuration; called as `fn(xyz_a, xyz_b, source_a, source_b)`."""
 
 
 def _locations(xyz_a: Tensor, xyz_b: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -26,6 +26,13 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, default: str | None
     )
 
 
+def add_plugins_argument(parser: argparse.ArgumentParser) -> None:
+    """`--plugins MODULE ...` of tools that read a checkpoint: the modules it needs, which it may not import by itself."""
+    parser.add_argument(
+        "--plugins", nargs="+", default=[], metavar="MODULE", help="modules that register the parts the run was made of"
+    )
+
+
 def run(
     parser: argparse.ArgumentParser, body: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None
 ) -> int:

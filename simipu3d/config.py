@@ -100,10 +100,7 @@ def find_config(path: str | Path) -> Path:
     path = Path(path)
     if path.is_file():
         return path
-    from importlib.resources import files
-
-    relative = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
-    packaged = Path(str(files(PACKAGED_CONFIGS))) / relative
+    packaged = _packaged(path)
     if packaged.is_file():
         return packaged
     raise UserError(
@@ -111,8 +108,17 @@ def find_config(path: str | Path) -> Path:
     )
 
 
+def _packaged(path: Path) -> Path:
+    """Where the installed configuration of that name would be."""
+    from importlib.resources import files
+
+    relative = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
+    return Path(str(files(PACKAGED_CONFIGS))) / relative
+
+
 def load_yaml(path: str | Path, _open: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read a configuration file and merge it over the files of its `base:` list (paths relative to the file itself)."""
+    """Read a configuration file and merge it over the files of its `base:` list (paths relative to the file itself, else
+    names of installed ones)."""
     path = find_config(path)
     if path.resolve() in _open:
         raise UserError(f"{path}: base files include each other in a circle")
@@ -128,7 +134,9 @@ def load_yaml(path: str | Path, _open: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: base must be a list of file names, like base: [kitti.yaml]")
     merged: dict[str, Any] = {}
     for base in bases:
-        merged = merge(merged, load_yaml(path.parent / base, (*_open, path.resolve())))
+        beside, packaged = path.parent / base, _packaged(Path(base))
+        found = packaged if packaged.is_file() and not beside.is_file() else beside
+        merged = merge(merged, load_yaml(found, (*_open, path.resolve())))
     return merge(merged, raw)
 
 

@@ -15,10 +15,11 @@ T = TypeVar("T")
 
 
 class Entry(NamedTuple):
-    """A registered class (or function) and the model that validates its block of the configuration."""
+    """A registered class (or function) and the model that validates its block of the configuration; None where a part
+    has no keys of its own."""
 
     target: Any
-    config: type[BaseModel]
+    config: type[BaseModel] | None
 
 
 class Registry:
@@ -26,14 +27,23 @@ class Registry:
 
     Args:
         kind: what the entries are, in words, for error messages ("point encoder").
+        has_keys: whether every entry has a configuration model.
     """
 
-    def __init__(self, kind: str):
+    def __init__(self, kind: str, *, has_keys: bool = True):
         self.kind = kind
+        self.has_keys = has_keys
         self._entries: dict[str, Entry] = {}
 
-    def register(self, name: str, *, config: type[BaseModel]) -> Callable[[T], T]:
-        """Decorator that files a class under a name; the same name twice is an error."""
+    def register(self, name: str, *, config: type[BaseModel] | None = None) -> Callable[[T], T]:
+        """Decorator that files a class under a name.
+
+        Raises:
+            ValueError: the name is taken, or the configuration model is missing (or there, where none is read).
+        """
+        if self.has_keys != (isinstance(config, type) and issubclass(config, BaseModel)):
+            wanted = "needs config=, a class derived from PartConfig" if self.has_keys else "has no config="
+            raise ValueError(f"the {self.kind} {name!r} {wanted}")
 
         def add(target: T) -> T:
             if name in self._entries:
@@ -61,6 +71,13 @@ POINT_ENCODERS = Registry("point encoder")
 READERS = Registry("data set")
 """Entries are classes called as `cls(config)`; contract: `FrameReader` in `contracts/frame.py`."""
 
+IMAGE_BACKBONES = Registry("image backbone")
+"""Image backbones that are no timm models. Entries are `nn.Module` classes called as `cls(config)`, where the config
+model validates `image_encoder.model_args`; contract: `ImageBackbone` in `contracts/tokens.py`."""
+
+ASSIGNMENTS = Registry("assignment", has_keys=False)
+"""Entries are functions called as `fn(xyz_a, xyz_b, source_a, source_b)`; contract in `matching/assignment.py`."""
+
 METHODS = Registry("method")
 """Entries are `nn.Module` classes; contract in `methods/__init__.py`."""
 
@@ -69,3 +86,6 @@ OPTIMIZERS = Registry("optimizer")
 
 SCHEDULES = Registry("schedule")
 """Entries build a learning-rate scheduler from an optimizer."""
+
+REGISTRIES = (POINT_ENCODERS, READERS, IMAGE_BACKBONES, ASSIGNMENTS, METHODS, OPTIMIZERS, SCHEDULES)
+"""Everything that a plugin can add to."""

@@ -61,6 +61,18 @@ def test_an_encoder_is_swapped_by_one_word(encoder):
 
 
 @pytest.mark.parametrize(
+    "path", [path for path in CONFIGS if path.parent.name == "image_encoders"], ids=lambda path: path.stem
+)
+def test_an_image_encoder_configuration_changes_the_image_branch_only(path):
+    kitti, mine = (load_pretrain_config(p).to_plain() for p in (Path("configs/simipu/kitti.yaml"), path))
+    assert mine["image_encoder"]["name"].startswith(path.stem.split("_")[0])
+    changed = {
+        ".".join(key.split(".")[:2]) for key in changed_keys(kitti, mine) if key != "data.augment.images.pad_multiple"
+    }
+    assert {key for key in changed if not key.startswith("image_encoder.")} == {"optim.image"}
+
+
+@pytest.mark.parametrize(
     "path", [path for path in CONFIGS if path.parent.name == "encoders"], ids=lambda path: path.stem
 )
 def test_an_encoder_configuration_changes_the_encoder_only(path):

@@ -220,6 +220,7 @@ def test_openpcdet_whole_detector_parts_carry_the_prefix(small, tmp_path):
         ({"name": "convnext_atto", "input": "caffe_bgr"}, 16),
         ({"name": "vit_tiny_patch16_224", "input": "caffe_bgr"}, -1),
         ({"name": "swin_tiny_patch4_window7_224", "model_args": {"depths": [2, 2, 2, 2]}}, 8),
+        ({"name": "vit_small_patch14_dinov2", "model_args": {"depth": 2, "img_size": 70}}, -1),
         ({"name": "tf_efficientnet_b0", "bn_eps": 0.01}, -1),
         ({"name": "resnet18", "neck": "top_down", "output_stride": 16, "frozen_stages": 1}, 8),
     ],

@@ -146,7 +146,7 @@ def test_copies_of_a_point_are_told_apart_from_others():
 
 def test_unknown_names_are_one_line():
     for changes, words in (
-        ({"matching": {"assignment": "hungry"}}, "no assignment is called 'hungry'; there are hungarian"),
+        ({"matching": {"assignment": "hungry"}}, "no assignment is called 'hungry'; there are greedy, hungarian"),
         ({"point_encoder": {"name": "pointnet3"}}, "no point encoder is called 'pointnet3'"),
         ({"contrast": {"temprature": 1.0}}, "did you mean temperature"),
         ({"contrast": {"temperature": -1.0}}, "contrast.temperature"),

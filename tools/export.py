@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from simipu3d.command_line import run
+from simipu3d.command_line import add_plugins_argument, run
 
 EXAMPLES = """targets:
   torchvision   flat weights for torchvision.models.resnet*, .pth or .safetensors
@@ -43,14 +43,17 @@ def build_parser() -> argparse.ArgumentParser:
         default="imagenet_rgb",
         help="normalisation the file expects; caffe_bgr for mmdet3d configurations with std 1 (default: %(default)s)",
     )
+    add_plugins_argument(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
     return parser
 
 
 def body(args: argparse.Namespace) -> None:
     """Export, and print what was written and how to use it."""
+    from simipu3d.engine.plugins import load_plugins
     from simipu3d.export.image import export_image
 
+    load_plugins(args.plugins, "--plugins")
     logging.getLogger("simipu3d.encoders").setLevel(logging.WARNING)  # the networks built here are for the check only
     report = export_image(args.ckpt, args.to, args.out, prefix=args.prefix, input=args.input, overwrite=args.overwrite)
     print(report.summary())

@@ -1,10 +1,10 @@
 """What do encoders return? Point tokens and feature maps.
 
-Shapes: M tokens of a view in the whole batch, C channels.
+Shapes: M tokens of a view in the whole batch, C channels, I images.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -50,3 +50,30 @@ class FeatureMap:
     features: Tensor
     stride: int
     offset: float
+
+
+class Level(NamedTuple):
+    """One feature map of an image backbone, as data."""
+
+    stride: int
+    """Input pixels from cell to cell."""
+    channels: int
+    offset: float
+    """Input pixel (integer-centre) of the centre of cell 0; feature coordinate = (u - offset) / stride."""
+
+
+class ImageBackbone(Protocol):
+    """An image backbone that is no timm model. Registered in `IMAGE_BACKBONES`, built as `cls(config)`; an `nn.Module`.
+
+    `set_grad_checkpointing(enable)`, timm's method of that name, is needed for `gradient_checkpointing: true` only.
+    """
+
+    levels: tuple[Level, ...]
+    """Its maps, finest first."""
+    pad_multiple: int
+    """Heights and widths that it is called with are multiples of this; a map then has H / stride x W / stride cells, rounded
+    up."""
+
+    def __call__(self, images: Tensor, last: int) -> list[Tensor]:
+        """Maps (I, channels, Hf, Wf) of levels 0 to `last` from (I, 3, H, W); what lies behind `last` need not run."""
+        ...

@@ -1,32 +1,27 @@
-"""Which feature maps does a timm backbone have, and where in the image is a cell of each?
+"""Which feature maps does an image backbone have, and where in the image is a cell of each?
 
-A level is one of the maps that `forward_intermediates` gives. Channels and strides are measured on a small image. The
-offset, the input pixel (integer-centre) of the centre of cell 0, is composed from the operators that ran: a window of k
+A registered backbone (`contracts.tokens.ImageBackbone`) says so itself, and is checked on a small image. Of a timm
+backbone a level is one of the maps that `forward_intermediates` gives. Channels and strides are measured on a small
+image. The offset, the input pixel (integer-centre) of the centre of cell 0, is composed from the operators that ran: a window of k
 taps, d apart, with p padded cells on its left is centred (k - 1) d / 2 - p cells right of its first cell's place. A
 padded 3x3 convolution with stride 2 therefore leaves the offset at 0, a 4x4 patch with stride 4 moves it to 1.5
 pixels. Of parallel branches the one that runs first counts. A level that is coarser than its operators explain merged
 its cells by reshaping (Swin) and is centred on the merged block.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from simipu3d.contracts.tokens import Level
 from simipu3d.errors import UserError
 
-PROBE_SIZE = (64, 128)
-"""Height and width of the image that levels are measured on."""
-
-
-class Level(NamedTuple):
-    """One feature map, as data."""
-
-    stride: int
-    """Input pixels from cell to cell."""
-    channels: int
-    offset: float
-    """Input pixel of the centre of cell 0; feature coordinate = (u - offset) / stride."""
+PROBE_CELLS = (2, 4)
+"""Height and width of the image that levels are measured on, in the coarsest cells."""
+_REFUSALS = (AssertionError, RuntimeError, TypeError, ValueError)
+"""What timm models raise for a size that they do not take."""
 
 
 class _Step(NamedTuple):
@@ -37,43 +32,131 @@ class _Step(NamedTuple):
     shift: float
 
 
-def forward_levels(trunk: nn.Module, images: Tensor, indices: list[int] | None) -> list[Tensor]:
-    """(I, C, Hf, Wf) of the asked levels (None: all); what lies behind the last of them does not run."""
+def is_timm(trunk: nn.Module) -> bool:
+    """Whether a backbone is a timm model, or one that a plugin registered in `IMAGE_BACKBONES`."""
+    return not hasattr(trunk, "levels")
+
+
+def forward_levels(
+    trunk: nn.Module, images: Tensor, indices: list[int] | None, *, final_norm: bool = True
+) -> list[Tensor]:
+    """(I, C, Hf, Wf) of the asked levels (None: all); what lies behind the last of them does not run.
+
+    Args:
+        trunk: the backbone.
+        images: (I, 3, H, W) of a size that the backbone takes.
+        indices: rising numbers of levels.
+        final_norm: let the norm that stands at a transformer's end act on what it hands out.
+    """
+    if not is_timm(trunk):
+        indices = list(range(len(trunk.levels))) if indices is None else indices
+        maps = trunk(images, indices[-1])
+        return [maps[index] for index in indices]
     return trunk.forward_intermediates(
-        images, indices=indices, norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True
+        images, indices=indices, norm=final_norm, stop_early=True, output_fmt="NCHW", intermediates_only=True
     )
 
 
 def measure_levels(trunk: nn.Module, name: str) -> list[Level]:
-    """Every level of a timm backbone, finest first.
+    """Every level of a backbone, finest first.
 
     Args:
-        trunk: a timm model with all its stages; its state and mode stay as they are.
-        name: its timm name, for errors.
+        trunk: a backbone with all its stages; its state and mode stay as they are.
+        name: its name, for errors.
 
     Raises:
-        UserError: the model gives no feature maps, or none for an image of any size.
+        UserError: a timm model gives no feature maps, or none for an image of any size; a registered backbone's maps are
+            not as it says.
     """
+    if not is_timm(trunk):
+        return _stated_levels(trunk, name)
     if not hasattr(trunk, "forward_intermediates"):
         raise UserError(
             f"image_encoder.name: timm's {name} gives no feature maps (no forward_intermediates); take another"
         )
     was_training = trunk.training
     trunk.eval()
-    images = torch.linspace(-1, 1, 3 * PROBE_SIZE[0] * PROBE_SIZE[1]).view(1, 3, *PROBE_SIZE)
+    try:
+        images, maps, steps = _try_sizes(trunk)
+    except _REFUSALS as error:
+        raise UserError(
+            f"image_encoder.name: timm's {name} does not take images of any size ({error}); take another"
+        ) from error
+    trunk.train(was_training)
+    strides = [images.shape[3] // features.shape[-1] for features in maps]
+    offsets = _compose(strides, steps)
+    return [Level(s, features.shape[1], o) for s, features, o in zip(strides, maps, offsets, strict=True)]
+
+
+def find_pad_multiple(trunk: nn.Module, levels: list[Level]) -> int:
+    """What heights and widths have to be multiples of, so that a map has size / stride cells, rounded up, at its offset.
+
+    1 where every level is made by windows with padding (ResNets). Patches need whole ones; convolutions whose windows lie
+    side by side (ConvNeXt) would drop the rest; TensorFlow's padding moves the offset with the size.
+
+    Args:
+        trunk: the backbone, in eval mode.
+        levels: those that are used.
+    """
+    if not is_timm(trunk):
+        return trunk.pad_multiple
+    coarsest = max(level.stride for level in levels)
+    if any(_pads_by_size(module) for module in trunk.modules()):
+        return coarsest
+    size = 2 * coarsest + 1
+    try:
+        with torch.no_grad():
+            maps = forward_levels(trunk, torch.zeros(1, 3, size, size), list(range(len(levels))))
+    except _REFUSALS:
+        return coarsest
+    whole = all(m.shape[-1] == -(-size // level.stride) for m, level in zip(maps, levels, strict=True))
+    return 1 if whole else coarsest
+
+
+def _try_sizes(trunk: nn.Module) -> tuple[Tensor, list[Tensor], list[list[_Step]]]:
+    """A small image that a timm model takes, the maps of it, and the steps to each of them."""
+    images = _probe(32)
     with torch.no_grad():
         try:
             maps = forward_levels(trunk, images, None)
-            steps = [_record_steps(trunk, images, index) for index in range(len(maps))]
-        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(
-                f"image_encoder.name: timm's {name} does not take images of any size that is a multiple of 32 "
-                f"(on {PROBE_SIZE[0]}x{PROBE_SIZE[1]}: {error}); take another"
-            ) from error
+        except _REFUSALS:
+            patch = getattr(getattr(trunk, "patch_embed", None), "patch_size", 32)
+            patch = patch if isinstance(patch, int) else patch[-1]
+            if 32 % patch == 0:
+                raise
+            images = _probe(patch)  # patches of 14 pixels, say
+            maps = forward_levels(trunk, images, None)
+        return images, maps, [_record_steps(trunk, images, index) for index in range(len(maps))]
+
+
+def _probe(cell: int) -> Tensor:
+    """(1, 3, H, W) without two equal values, so that nothing in a network is constant."""
+    size = (PROBE_CELLS[0] * cell, PROBE_CELLS[1] * cell)
+    return torch.linspace(-1, 1, 3 * size[0] * size[1]).view(1, 3, *size)
+
+
+def _stated_levels(trunk: nn.Module, name: str) -> list[Level]:
+    """What a registered backbone says about its maps, after a look at them."""
+    who = f"image_encoder.name: the registered backbone {name}"
+    levels, multiple = list(trunk.levels), getattr(trunk, "pad_multiple", None)
+    if not levels or not all(isinstance(level, Level) for level in levels):
+        raise UserError(f"{who} must have levels, a tuple of contracts.tokens.Level, finest first; mend the plugin")
+    if not isinstance(multiple, int) or multiple < 1:
+        raise UserError(f"{who} must have pad_multiple, a whole number from 1, got {multiple!r}; mend the plugin")
+    was_training = trunk.training
+    trunk.eval()
+    images = _probe(math.lcm(multiple, max(level.stride for level in levels)))
+    with torch.no_grad():
+        maps = forward_levels(trunk, images, None)
     trunk.train(was_training)
-    strides = [PROBE_SIZE[1] // features.shape[-1] for features in maps]
-    offsets = _compose(strides, steps)
-    return [Level(s, features.shape[1], o) for s, features, o in zip(strides, maps, offsets, strict=True)]
+    for number, (level, features) in enumerate(zip(levels, maps, strict=True)):
+        wanted = (1, level.channels, images.shape[2] // level.stride, images.shape[3] // level.stride)
+        if tuple(features.shape) != wanted:
+            raise UserError(
+                f"{who} says that level {number} is {wanted} for images {tuple(images.shape)}, and gives "
+                f"{tuple(features.shape)}; mend the plugin"
+            )
+    return levels
 
 
 def find_level(levels: list[Level], map: int) -> int:
@@ -129,11 +212,16 @@ def _window_shift(module: nn.Module, width_in: int) -> float:
     kernel, stride = last(module.kernel_size), last(module.stride)
     dilation = last(getattr(module, "dilation", 1))
     span = dilation * (kernel - 1)
-    if type(module).__name__.endswith("Same") or module.padding == "same":  # TensorFlow's rule: the odd cell goes right
+    if _pads_by_size(module):  # the odd cell goes right
         left = max((-(-width_in // stride) - 1) * stride + span + 1 - width_in, 0) // 2
     else:
         left = 0 if module.padding == "valid" else last(module.padding)
     return span / 2 - left
+
+
+def _pads_by_size(module: nn.Module) -> bool:
+    """Whether a window's padding follows TensorFlow's rule, by which it depends on the size of the input."""
+    return type(module).__name__.endswith("Same") or getattr(module, "padding", None) == "same"
 
 
 def _compose(strides: list[int], steps: list[list[_Step]]) -> list[float]:

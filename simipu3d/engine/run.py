@@ -30,7 +30,7 @@ from simipu3d.errors import UserError
 
 log = logging.getLogger(__name__)
 
-RESUMABLE_CHANGES = ("trainer.", "run.", "data.num_workers", "data.root")
+RESUMABLE_CHANGES = ("trainer.", "run.", "data.num_workers", "data.root", "image_encoder.gradient_checkpointing")
 """Keys that may differ between a run and its continuation."""
 
 
@@ -155,7 +155,8 @@ class RunDirectory:
         if refused:
             raise UserError(
                 f"{self.checkpoint}: was made with another value of {', '.join(refused)}; only trainer.*, run.*, "
-                "data.num_workers and data.root may change on --resume; --init starts a new run from its weights"
+                "data.num_workers, data.root and image_encoder.gradient_checkpointing may change on --resume; --init "
+                "starts a new run from its weights"
             )
 
     def create(self, resolved: dict[str, Any]) -> None:

@@ -6,12 +6,10 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
-import simipu3d.data
-import simipu3d.encoders
-import simipu3d.methods  # noqa: F401  (the three fill the registries)
 from simipu3d.config import PartConfig, apply_sets, check_top_level, load_yaml, merge, parse_block, parse_part, to_plain
 from simipu3d.encoders.image import ImageEncoderConfig
 from simipu3d.engine.optim import OptimConfig, parse_optim
+from simipu3d.engine.plugins import load_plugins, plugins_behind, require_plugins
 from simipu3d.errors import UserError
 from simipu3d.registry import METHODS, READERS, SCHEDULES
 
@@ -74,11 +72,15 @@ class PretrainConfig:
     trainer: TrainerConfig
     run: RunConfig
     seed: int
+    plugins: tuple[str, ...] = ()
 
     def to_plain(self) -> dict[str, Any]:
-        """The resolved configuration: what `load_pretrain_config` would read to the same settings."""
+        """The resolved configuration: what `load_pretrain_config` would read to the same settings. `plugins` holds those
+        that the file named and the installed ones that it uses; without any the key is left out."""
         own = {name: to_plain(getattr(self, name)) for name in ("data", "optim", "schedule", "trainer", "run")}
-        return {"method": self.method, **to_plain(self.blocks), **own, "seed": self.seed}
+        resolved = {"method": self.method, **to_plain(self.blocks), **own, "seed": self.seed}
+        plugins = list(dict.fromkeys([*self.plugins, *plugins_behind(resolved)]))
+        return {"plugins": plugins, **resolved} if plugins else resolved
 
 
 class _Seed(PartConfig):
@@ -86,7 +88,7 @@ class _Seed(PartConfig):
 
 
 def parse_pretrain(raw: dict[str, Any], source: str) -> PretrainConfig:
-    """Validate a merged configuration.
+    """Validate a merged configuration, whose plugins have been loaded.
 
     Args:
         raw: plain values.
@@ -95,11 +97,12 @@ def parse_pretrain(raw: dict[str, Any], source: str) -> PretrainConfig:
     Raises:
         UserError: one line that names the key.
     """
+    plugins = require_plugins(raw.get("plugins"), source)
     name = raw.get("method")
     if not isinstance(name, str):
         raise UserError(f"{source}: method: this key chooses what to train; there are {', '.join(METHODS.names())}")
     entry = METHODS[name]
-    own = ("data", "optim", "schedule", "trainer", "run", "seed")
+    own = ("data", "optim", "schedule", "trainer", "run", "seed", "plugins")
     check_top_level(raw, ["method", *entry.target.BLOCKS, *own], source)
     schedule = raw.get("schedule") or {"name": "constant"}
     config = PretrainConfig(
@@ -111,6 +114,7 @@ def parse_pretrain(raw: dict[str, Any], source: str) -> PretrainConfig:
         trainer=parse_block("trainer", TrainerConfig, raw.get("trainer")),
         run=parse_block("run", RunConfig, raw.get("run")),
         seed=parse_block("", _Seed, {"seed": raw.get("seed", 0)}).seed,
+        plugins=plugins,
     )
     if config.trainer.max_steps < 1 and config.trainer.max_epochs is None:
         raise UserError(f"{source}: trainer.max_steps: set it, or trainer.max_epochs, so that the run ends")
@@ -135,13 +139,20 @@ def with_default_names(raw: dict[str, Any]) -> dict[str, Any]:
 
 def load_data_config(path: str | Path, sets: list[str] | None = None) -> PartConfig:
     """The `data:` block of a configuration; the other blocks are checked too, where the file has a method."""
-    raw = apply_sets(with_default_names(load_yaml(path)), sets or [])
+    raw = _read(path, sets)
     if "method" in raw:
         return parse_pretrain(raw, str(path)).data
-    check_top_level(raw, ["data"], str(path))
+    check_top_level(raw, ["data", "plugins"], str(path))
     return parse_part("data", READERS, raw.get("data"))
 
 
 def load_pretrain_config(path: str | Path, sets: list[str] | None = None) -> PretrainConfig:
-    """Read, merge and validate a configuration file."""
-    return parse_pretrain(apply_sets(with_default_names(load_yaml(path)), sets or []), str(path))
+    """Read, merge and validate a configuration file, after importing the plugins that it names."""
+    return parse_pretrain(_read(path, sets), str(path))
+
+
+def _read(path: str | Path, sets: list[str] | None) -> dict[str, Any]:
+    """The merged configuration; its plugins are loaded from here on."""
+    raw = apply_sets(with_default_names(load_yaml(path)), sets or [])
+    load_plugins(raw.get("plugins"), f"{path}: plugins")
+    return raw

@@ -8,6 +8,7 @@ from torch import Tensor
 from simipu3d.config import parse_block
 from simipu3d.encoders.image import ImageEncoder, ImageEncoderConfig
 from simipu3d.encoders.image_weights import some_names
+from simipu3d.engine.plugins import require_plugins
 from simipu3d.engine.run import read_checkpoint
 from simipu3d.errors import UserError
 
@@ -26,12 +27,13 @@ def load_run_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             `method`.
 
     Raises:
-        UserError: it is missing, damaged, or no checkpoint of this project.
+        UserError: it is missing, damaged, no checkpoint of this project, or made with a plugin that is not loaded.
     """
     content = read_checkpoint(path)
     state, run = content["state_dict"], content["simipu3d"]
     if not isinstance(state, dict) or not isinstance(run, dict) or not isinstance(run.get("config"), dict):
         raise UserError(f"{path}: a checkpoint without weights or without its configuration; use another of the run")
+    require_plugins(run["config"].get("plugins"), str(path))
     return state, run
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from simipu3d.compat import import_timm, import_torchvision
 from simipu3d.encoders.image import ImageEncoder, build_trunk
+from simipu3d.encoders.image_levels import is_timm
 from simipu3d.encoders.image_weights import some_names
 from simipu3d.errors import UserError
 from simipu3d.export import convert, verify
@@ -96,6 +97,11 @@ def export_image(
 
     state, run = load_run_checkpoint(ckpt)
     encoder = rebuild_image_encoder(ckpt, state, run)
+    if not is_timm(encoder.trunk):
+        raise UserError(
+            f"--to {target}: {encoder.config.name} is a plugin's own backbone, which no target builds, so a file could not "
+            f"be checked; its weights stand in {ckpt} below method.image_encoder.trunk."
+        )
     meta = describe_image_export(ckpt, run, encoder, input, [n for n in encoder.state_dict() if n.startswith("neck.")])
     meta["dropped"] += sorted({name.partition(".")[0] + ".*" for name in _outside_image(state)})
     if target != "timm":

@@ -90,6 +90,7 @@ def describe_image_export(
             "output_stride_trained": encoder.config.output_stride,
             "strides_trained": stage_strides,
             "matched_stride": encoder.maps[-1].stride,
+            "pad_multiple": encoder.pad_multiple,
         },
         "input": INPUTS[convention],
         "conversions": [],

@@ -175,7 +175,9 @@ def timm_extra_args(job: Job) -> dict[str, Any]:
 def _use_timm(job: Job) -> list[str]:
     extra = "".join(f", {key}={value!r}" for key, value in timm_extra_args(job).items())
     line = f"net = timm.create_model('local-dir:{job.out}', pretrained=True, num_classes=0{extra})"
-    return [line, f"# {', '.join(timm_extra_args(job))}: as it was trained"] if extra else [line]
+    lines = [line, f"# {', '.join(timm_extra_args(job))}: as it was trained"] if extra else [line]
+    multiple = job.encoder.pad_multiple
+    return [*lines, f"# pad images at the right and bottom to multiples of {multiple}"] if multiple > 1 else lines
 
 
 # -------------------------------------------------------------------------------------------------------- mmdet3d

@@ -21,9 +21,8 @@ from simipu3d.errors import UserError
 TOLERANCE = 1e-4
 """Largest difference allowed, relative to a map's largest value; 3e-6 was measured for ResNet-50."""
 ODD_SIZE = (97, 131)
-"""Height and width of the pictures: odd, so that a stride in the wrong place shows."""
-EVEN_SIZE = (96, 128)
-"""For transformers, which take whole patches only."""
+"""Height and width of the pictures: odd, so that a stride in the wrong place shows. Where a backbone needs whole patches
+they are rounded up to them, as the user of a plain timm model has to do."""
 
 
 class ExportError(UserError):
@@ -33,8 +32,7 @@ class ExportError(UserError):
 def fixed_pictures(encoder: ImageEncoder) -> tuple[Tensor, Tensor]:
     """Two pseudo-random pictures, always the same, the second one smaller and padded: (2, 3, H, W) uint8 and (2, 2)
     sizes."""
-    any_size = {"dynamic_img_size", "strict_img_size"}.isdisjoint(encoder.model_args)
-    height, width = ODD_SIZE if any_size else EVEN_SIZE
+    height, width = (-(-size // encoder.pad_multiple) * encoder.pad_multiple for size in ODD_SIZE)
     images = torch.randint(
         0, 256, (2, 3, height, width), generator=torch.Generator().manual_seed(20), dtype=torch.uint8
     )

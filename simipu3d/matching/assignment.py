@@ -1,6 +1,10 @@
 """Which token of the second view is the twin of each token of the first?
 
 Both sets are compared in the lidar frame, metres, after every view's own augmentation has been undone.
+
+A rule of `ASSIGNMENTS` is called once a frame as `fn(xyz_a, xyz_b, source_a, source_b)`: (n, 3) and (m, 3) float64 on the
+CPU, metres, and (n,) and (m,) int64, the raw point that a token sits on or -1. It returns (P, 2) int64 rows of both,
+ascending in the first; of an empty set none.
 """
 
 from typing import NamedTuple
@@ -11,9 +15,11 @@ from torch import Tensor
 from simipu3d.contracts.batch import PointView
 from simipu3d.contracts.tokens import PointTokens
 from simipu3d.geometry.transforms import transform_points_each
-from simipu3d.ops.assignment import ASSIGNMENTS
+from simipu3d.ops.assignment import greedy, hungarian, mutual_nearest, nearest
+from simipu3d.registry import ASSIGNMENTS
 
-__all__ = ["ASSIGNMENTS", "TokenPairs", "lidar_xyz", "match_tokens"]
+for _rule in (hungarian, greedy, nearest, mutual_nearest):
+    ASSIGNMENTS.register(_rule.__name__)(_rule)
 
 
 class TokenPairs(NamedTuple):
@@ -58,7 +64,7 @@ def match_tokens(
 
     Source: SimIPU, section "Matching Algorithm", Eq. 3.
     """
-    assign = ASSIGNMENTS[assignment]
+    assign = ASSIGNMENTS[assignment].target
     a, b = (points.detach().cpu() for points in xyz)
     source_a, source_b = (each.source_index.cpu() for each in tokens)
     index_a, index_b = (each.batch_index.cpu() for each in tokens)
@@ -66,6 +72,10 @@ def match_tokens(
     for frame in range(num_frames):
         rows_a, rows_b = (index_a == frame).nonzero().squeeze(1), (index_b == frame).nonzero().squeeze(1)
         pairs = assign(a[rows_a], b[rows_b], source_a[rows_a], source_b[rows_b])
+        if pairs.shape != (len(pairs), 2) or pairs.dtype != torch.int64:
+            raise ValueError(
+                f"the assignment {assignment!r} must return (P, 2) int64 rows, got {tuple(pairs.shape)} {pairs.dtype}"
+            )
         found.append(torch.stack([rows_a[pairs[:, 0]], rows_b[pairs[:, 1]]], dim=1))
     pairs = torch.cat(found) if found else torch.zeros((0, 2), dtype=torch.int64)
     distance = (a[pairs[:, 0]] - b[pairs[:, 1]]).norm(dim=1)

@@ -29,7 +29,7 @@ from simipu3d.contrast.heads import ProjectionHead
 from simipu3d.contrast.info_nce import ContrastResult, info_nce
 from simipu3d.encoders.image import ImageEncoder, ImageEncoderConfig
 from simipu3d.geometry.camera import MIN_DEPTH
-from simipu3d.matching.assignment import ASSIGNMENTS, TokenPairs, lidar_xyz, match_tokens
+from simipu3d.matching.assignment import TokenPairs, lidar_xyz, match_tokens
 from simipu3d.matching.projection import (
     PixelPairs,
     exact_coordinates,
@@ -38,7 +38,7 @@ from simipu3d.matching.projection import (
     sample_bilinear,
 )
 from simipu3d.methods.drawing import Picture, draw_features, draw_pixel_pairs, draw_token_pairs
-from simipu3d.registry import METHODS, POINT_ENCODERS
+from simipu3d.registry import ASSIGNMENTS, METHODS, POINT_ENCODERS
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +62,7 @@ class MatchingConfig(PartConfig):
     @field_validator("assignment")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name not in ASSIGNMENTS:
-            raise ValueError(f"no assignment is called {name!r}; there are {', '.join(ASSIGNMENTS)}")
+        ASSIGNMENTS[name]  # names those there are
         return name
 
 
@@ -134,7 +133,7 @@ class Embedded:
 
 @METHODS.register("simipu", config=SimIPUConfig)
 class SimIPU(nn.Module):
-    """The method of the paper on any registered point encoder and any timm image backbone.
+    """The method of the paper on any registered point encoder and any image backbone, timm's or registered.
 
     Args:
         config: the validated blocks.
