@@ -175,7 +175,12 @@ class RemoteStore:
         return self._call(name, lambda filesystem, path: filesystem.cat_file(path))
 
     def read_range(self, name: str, offset: int, size: int) -> bytes:
-        return self._call(name, lambda filesystem, path: filesystem.cat_file(path, start=offset, end=offset + size))
+        content = self._call(name, lambda filesystem, path: filesystem.cat_file(path, start=offset, end=offset + size))
+        if len(content) > size:
+            raise StoreError(
+                f"{self.path(name)}: the server sends whole files, not ranges of bytes; copy the set first"
+            )
+        return content
 
     def write(self, name: str, content: bytes) -> None:
         self._call(name, lambda filesystem, path: _make_and_pipe(filesystem, path, content), tries=1)
