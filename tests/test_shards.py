@@ -308,7 +308,9 @@ def test_a_killed_call_goes_on_to_the_same_bytes(workers, world, whole, tmp_path
     assert 0 < len(finished) < 4
     assert "manifest.json" not in left
     assert any(name.endswith(".part") for name in left), "it was killed while it wrote"
-    with pytest.raises(UserError, match=r"manifest\.json: no such file: its writing was cut short"):
+    with pytest.raises(
+        UserError, match=r"manifest\.json: no such file; run prepare_data again, its writing was cut short"
+    ):
         open_shards(out)
     before = {name: (out / name).stat().st_mtime_ns for name in finished}
     assert main(arguments) == 0
@@ -322,6 +324,16 @@ def test_a_lost_or_cut_shard_is_written_again(copy, whole, world):
     (copy / "shard-000003.jsonl").write_bytes(b"{")
     prepare_shards(world, SMALL, str(copy))
     assert contents(copy) == contents(whole)
+
+
+def test_shards_of_a_forgotten_configuration_do_not_count(copy, world, tmp_path):
+    """Without the three files that tell, the other shards are recognised by what they were written from."""
+    for name in ("prepare.json", "manifest.json", "shard-000000.tar"):
+        (copy / name).unlink()
+    prepare = PrepareConfig(shard_frames=3, points="int32_mm")
+    prepare_shards(world, prepare, str(copy))
+    prepare_shards(world, prepare, str(tmp_path / "fresh"))
+    assert contents(copy) == contents(tmp_path / "fresh")
 
 
 def test_another_configuration_is_refused(copy, world, tmp_path):
@@ -489,7 +501,7 @@ def test_lost_shards_are_told_before_training_starts(damage, copy):
 
 
 def test_an_absent_set_and_a_newer_format_are_refused(copy, tmp_path):
-    with pytest.raises(UserError, match=r"manifest\.json: no such file: is it a shard set\?"):
+    with pytest.raises(UserError, match=r"manifest\.json: no such file; is it a shard set\?"):
         open_shards(tmp_path / "nowhere")
     text = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps({**text, "format": FORMAT + 1}))

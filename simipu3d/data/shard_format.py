@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 
 from simipu3d.config import PartConfig
-from simipu3d.data.shard_store import Store
+from simipu3d.data.shard_store import Store, StoreError
 from simipu3d.errors import UserError
 
 FORMAT = 1
@@ -126,10 +126,11 @@ def read_manifest(store: Store) -> Manifest:
         UserError: there is none, it is damaged, or of a newer format.
     """
     path = store.path(MANIFEST)
-    if store.size(MANIFEST) is None:
-        what = "its writing was cut short; run prepare_data again" if store.size(PREPARE) else "is it a shard set?"
-        raise UserError(f"{path}: no such file: {what}; a set that tools/prepare_data.py has finished has one")
-    content = store.read(MANIFEST)
+    try:
+        content = store.read(MANIFEST)
+    except StoreError as error:
+        way_out = "run prepare_data again, its writing was cut short" if store.size(PREPARE) else "is it a shard set?"
+        raise UserError(f"{error}; {way_out}") from error
     check_format(content, path)
     try:
         manifest = Manifest.model_validate_json(content)
