@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from simipu3d.errors import UserError
 
 
-def add_config_arguments(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
+def add_config_arguments(parser: argparse.ArgumentParser, *, default: str | None = None, needed: bool = True) -> None:
     """`--cfg FILE` and `--set KEY=VALUE ...`, the same in every tool; `--cfg` is needed where it has no default."""
     about = "configuration (YAML)" if default is None else f"configuration (default: {default})"
-    parser.add_argument("--cfg", required=default is None, default=default, metavar="FILE", help=about)
+    parser.add_argument("--cfg", required=needed and default is None, default=default, metavar="FILE", help=about)
     parser.add_argument(
         "--set",
         nargs="+",

@@ -189,8 +189,9 @@ _UNION_TAGS = ("int", "float", "str", "bool", "none", "tuple")
 
 
 def _explain(error: ValidationError, prefix: str, model: type[BaseModel]) -> str:
-    """The first problem of a validation, as one line that names the key."""
-    first = error.errors()[0]
+    """The first problem of a validation, as one line that names the key; a misspelt key goes before the one it is missed
+    as."""
+    first = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     path = [
         str(part) for part in first["loc"] if isinstance(part, int) or (part.isidentifier() and part not in _UNION_TAGS)
     ]

@@ -51,6 +51,15 @@ LAYERS = [
 TORCH = {"sparse_backend": "torch"}
 CASES = {
     "pointnet2_msg": Case({"layers": LAYERS}, order_free=False, float64=False, on_points=True),
+    "pillar": Case(
+        {"pillar_size": [0.25, 0.25], "point_range": [-8.0, -8.0, -6.0, 8.0, 8.0, 8.0], "num_tokens": 1000, **TORCH}
+    ),
+    "pointnet2_ssg": Case(
+        {"num_points": [64, 12], "radii": [0.8, 3.0], "num_samples": [8, 8], "mlps": [[8], [16]]},
+        order_free=False,
+        float64=False,
+        on_points=True,
+    ),
     "sparse_unet34": Case(
         {
             "variant": "14A",

@@ -309,7 +309,7 @@ DAMAGES = {
     "nothing in range": (damage_points(lambda points: points * np.float32(8)), SCAN, "data.point_range"),
     "missing image": (lambda root: (root / "training" / PICTURE).unlink(), PICTURE, "no such file"),
     "image cut short": (cut_bytes(PICTURE, 9000), PICTURE, "cut short"),
-    "empty image": (cut_bytes(PICTURE, 0), PICTURE, "not an image"),
+    "empty image": (cut_bytes(PICTURE, 0), PICTURE, "the file is empty"),
     "missing calib": (lambda root: (root / "training" / CALIB_FILE).unlink(), CALIB_FILE, "no such file"),
     "no P2": (rewrite(CALIB_FILE, "P2:", "P9:"), CALIB_FILE, "has no line P2"),
     "eleven numbers": (rewrite(CALIB_FILE, "45 0 700", "45 700"), CALIB_FILE, "P2 has 11 numbers, expected 12"),

@@ -41,7 +41,7 @@ def inspect(args: argparse.Namespace) -> None:
                 raise
             print(f"skipped: {error}", file=sys.stderr)
             continue
-        batch = collate([augment_frame(frame, config.augment, sample_seeds(0, 0, index))])
+        batch = collate([augment_frame(frame, module.augment_of(reader, config, index), sample_seeds(0, 0, index))])
         name = frame.frame_id.replace("/", "_")
         for kind, picture in (("frame", frame_page(frame)), ("views", views_page(batch))):
             try:

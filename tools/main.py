@@ -7,6 +7,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "pretrain": "pre-train backbones from a configuration",
     "demo": "the whole way on the embedded data set: pre-train, probe, pictures, export",
+    "prepare_data": "write a data set as shards, on one disk or behind a URL, and prove them whole",
     "inspect_data": "draw what a configuration reads: projected points, boxes, views and their matches",
     "benchmark": "time parts of the package against each other",
     "export": "write a pre-trained backbone for another library, and prove that it loads",

@@ -29,6 +29,8 @@ class Camera:
         depth: (H, W) float32 metres along the optical axis, 0 where unknown, or None. Ground truth.
         pixel_class: (H, W) uint8 index into the reader's `class_names`, or None. Ground truth.
         pixel_instance: (H, W) int32, 0 = no object, or None. Ground truth.
+        encoded: the image file's own bytes, PNG or JPEG, which decode to `image`; None where there was no such file.
+            Shards keep them, so that an image is not compressed twice.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Camera:
     depth: NDArray[np.float32] | None = None
     pixel_class: NDArray[np.uint8] | None = None
     pixel_instance: NDArray[np.int32] | None = None
+    encoded: bytes | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +106,15 @@ class Frame:
 
 
 class FrameReader(Protocol):
-    """A data set: a length, and a Frame for every index below it; `BadFrameError` for one that cannot be read."""
+    """A data set: a length, and a Frame for every index below it; `BadFrameError` for one that cannot be read.
+
+    Two methods may be left out, for what every data set can bear:
+
+    - `epoch_order(seed, epoch)`: (len,) int64, the indices of an epoch in the order they are read, a function of its
+      arguments alone. Without it: a permutation of all (`data.order.epoch_order`). An order that names a frame again
+      adds len to its index, so that no draw is made twice; `reader[index + len]` is then the frame `index`.
+    - `augment_of(index)`: the `AugmentConfig` of a frame. Without it: `data.augment`.
+    """
 
     class_names: tuple[str, ...]
     """What `pixel_class` and `point_class` index; empty without such ground truth."""

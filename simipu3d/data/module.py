@@ -7,6 +7,7 @@ means.
 
 import logging
 from collections.abc import Iterable, Iterator
+from functools import lru_cache, partial
 from itertools import islice
 from typing import Any
 
@@ -17,8 +18,8 @@ from simipu3d.contracts.batch import Batch
 from simipu3d.contracts.frame import Frame, FrameReader
 from simipu3d.data.augment import Sample, augment_frame
 from simipu3d.data.collate import NoSample, collate
-from simipu3d.data.config import DataConfig
-from simipu3d.data.order import EpochSampler, Key, epoch_order, sample_seeds
+from simipu3d.data.config import AugmentConfig, DataConfig
+from simipu3d.data.order import EpochSampler, Key, reader_order, sample_seeds
 from simipu3d.errors import BadFrameError, UserError
 from simipu3d.geometry.camera import project_points
 from simipu3d.registry import READERS
@@ -29,6 +30,12 @@ log = logging.getLogger(__name__)
 def build_reader(config: DataConfig) -> FrameReader:
     """The reader that `config.name` chooses."""
     return READERS[config.name].target(config)
+
+
+def augment_of(reader: FrameReader, config: DataConfig, index: int) -> AugmentConfig:
+    """How a frame is augmented: as its reader says where it has a say, else as `data.augment` does."""
+    own = getattr(reader, "augment_of", None)
+    return config.augment if own is None else own(index)
 
 
 def check_seen(frame: Frame) -> None:
@@ -64,6 +71,7 @@ class PairDataset(Dataset[Sample | NoSample]):
     def __init__(self, reader: FrameReader, config: DataConfig, seed: int, rank: int = 0, world_size: int = 1):
         self.reader, self.config, self.seed = reader, config, seed
         self.rank, self.world_size = rank, world_size
+        self._order = lru_cache(maxsize=2)(partial(reader_order, reader, seed))
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -99,11 +107,11 @@ class PairDataset(Dataset[Sample | NoSample]):
                 yield share[other]
 
     def _read(self, epoch: int, position: int, messages: tuple[str, ...]) -> Sample:
-        index = int(epoch_order(self.seed, epoch, len(self))[position])
+        index = int(self._order(epoch)[position])
         frame = self.reader[index]
         check_seen(frame)
         seeds = sample_seeds(self.seed, 0 if self.config.freeze_draws else epoch, index)
-        return augment_frame(frame, self.config.augment, seeds, messages)
+        return augment_frame(frame, augment_of(self.reader, self.config, index), seeds, messages)
 
 
 class BadFrameLimit:

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
+from simipu3d.contracts.frame import FrameReader
+
 Key = tuple[int, int]
 """(epoch, position in the epoch's order)."""
 
@@ -22,9 +24,21 @@ ORDER_STREAM, SAMPLE_STREAM = 0, 1
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, num_frames: int) -> NDArray[np.int64]:
     """(num_frames,) a permutation of the frame indices, read-only."""
-    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(ORDER_STREAM, epoch)))
-    order = rng.permutation(num_frames)
+    order = order_rng(seed, epoch).permutation(num_frames)
     order.flags.writeable = False
+    return order
+
+
+def order_rng(seed: int, epoch: int) -> np.random.Generator:
+    """Where every draw of an epoch's order comes from."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(ORDER_STREAM, epoch)))
+
+
+def reader_order(reader: FrameReader, seed: int, epoch: int) -> NDArray[np.int64]:
+    """(len(reader),) the indices of an epoch: in the reader's own order where it has one, else a permutation."""
+    own = getattr(reader, "epoch_order", None)
+    order = epoch_order(seed, epoch, len(reader)) if own is None else own(seed, epoch)
+    assert len(order) == len(reader), f"an order of {len(order)} for {len(reader)} frames"
     return order
 
 

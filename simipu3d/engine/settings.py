@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from simipu3d.config import PartConfig, apply_sets, check_top_level, load_yaml, merge, parse_block, parse_part, to_plain
+from simipu3d.data.shard_frames import PrepareConfig
 from simipu3d.encoders.image import ImageEncoderConfig
 from simipu3d.engine.optim import OptimConfig, parse_optim
 from simipu3d.engine.plugins import load_plugins, plugins_behind, require_plugins
@@ -102,8 +103,9 @@ def parse_pretrain(raw: dict[str, Any], source: str) -> PretrainConfig:
     if not isinstance(name, str):
         raise UserError(f"{source}: method: this key chooses what to train; there are {', '.join(METHODS.names())}")
     entry = METHODS[name]
-    own = ("data", "optim", "schedule", "trainer", "run", "seed", "plugins")
+    own = ("data", "prepare", "optim", "schedule", "trainer", "run", "seed", "plugins")
     check_top_level(raw, ["method", *entry.target.BLOCKS, *own], source)
+    parse_block("prepare", PrepareConfig, raw.get("prepare"))  # belongs to another tool, may stand in the same file
     schedule = raw.get("schedule") or {"name": "constant"}
     config = PretrainConfig(
         method=name,
@@ -139,11 +141,18 @@ def with_default_names(raw: dict[str, Any]) -> dict[str, Any]:
 
 def load_data_config(path: str | Path, sets: list[str] | None = None) -> PartConfig:
     """The `data:` block of a configuration; the other blocks are checked too, where the file has a method."""
+    return load_prepare_config(path, sets)[0]
+
+
+def load_prepare_config(path: str | Path, sets: list[str] | None = None) -> tuple[PartConfig, PrepareConfig]:
+    """The `data:` and `prepare:` blocks of a configuration; the other blocks are checked too, where the file has a
+    method."""
     raw = _read(path, sets)
+    prepare = parse_block("prepare", PrepareConfig, raw.get("prepare"))
     if "method" in raw:
-        return parse_pretrain(raw, str(path)).data
-    check_top_level(raw, ["data", "plugins"], str(path))
-    return parse_part("data", READERS, raw.get("data"))
+        return parse_pretrain(raw, str(path)).data, prepare
+    check_top_level(raw, ["data", "prepare", "plugins"], str(path))
+    return parse_part("data", READERS, raw.get("data")), prepare
 
 
 def load_pretrain_config(path: str | Path, sets: list[str] | None = None) -> PretrainConfig:

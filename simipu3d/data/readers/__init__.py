@@ -1,6 +1,6 @@
 """Readers of data sets: folders in, Frames out. One file a data set; importing a module files its reader in
 `READERS`."""
 
-from simipu3d.data.readers import kitti, nuscenes, waymo
+from simipu3d.data.readers import kitti, mixed, nuscenes, shards, waymo
 
-__all__ = ["kitti", "nuscenes", "waymo"]
+__all__ = ["kitti", "mixed", "nuscenes", "shards", "waymo"]

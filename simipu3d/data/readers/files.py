@@ -3,9 +3,9 @@
 Every function raises `BadFrameError` that names the file, what was found in it and the way out.
 """
 
+import io
 import struct
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,15 +51,13 @@ def read_float_rows(path: Path, num_columns: int) -> NDArray[np.float32]:
 
 def read_image(path: Path) -> NDArray[np.uint8]:
     """(H, W, 3) uint8 RGB of any image file that Pillow knows, decoded completely."""
-    if not path.is_file():
-        raise BadFrameError(f"{path}: no such file; {WAY_OUT}")
-    return decode_image(path, str(path))
+    return decode_image(read_bytes(path), str(path))
 
 
-def decode_image(file: Path | BinaryIO, source: str) -> NDArray[np.uint8]:
-    """The same of an image that is no file of its own; `source` says in messages where it stands."""
+def decode_image(content: bytes, source: str) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 RGB of an image file's bytes; `source` names the file."""
     try:
-        with Image.open(file) as image:
+        with Image.open(io.BytesIO(content)) as image:
             return np.asarray(image.convert("RGB"))
     except UnidentifiedImageError:
         raise BadFrameError(f"{source}: is not an image, or its first bytes are damaged; {WAY_OUT}") from None

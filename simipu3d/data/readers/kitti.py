@@ -16,7 +16,7 @@ from pydantic import model_validator
 
 from simipu3d.contracts.frame import Boxes, Camera, Frame, check_points
 from simipu3d.data.config import DataConfig
-from simipu3d.data.readers.files import WAY_OUT, read_float_rows, read_image, read_text
+from simipu3d.data.readers.files import WAY_OUT, decode_image, read_bytes, read_float_rows, read_text
 from simipu3d.data.readers.kitti_labels import read_labels
 from simipu3d.data.readers.select_points import PointRange, check_point_range, in_frustum, in_range
 from simipu3d.errors import BadFrameError, UserError
@@ -122,21 +122,24 @@ class KittiReader:
         points = read_float_rows(points_path, len(self.point_columns))
         check_points(points, str(points_path))
         calibration = KittiCalibration(self._path(frame_id, "calib", "txt"), self.cameras)
-        cameras = tuple(
-            Camera(
-                name=name,
-                image=read_image(self._path(frame_id, name, "png")),
-                image_from_camera=calibration.image_from_camera[name],
-                camera_from_lidar=calibration.camera_from_lidar,
-            )
-            for name in self.cameras
-        )
+        cameras = tuple(self._camera(frame_id, name, calibration) for name in self.cameras)
         return Frame(
             points=self._filter(points, cameras, points_path),
             point_columns=self.point_columns,
             cameras=cameras,
             frame_id=frame_id,
             boxes=self._boxes(frame_id, calibration),
+        )
+
+    def _camera(self, frame_id: str, name: str, calibration: KittiCalibration) -> Camera:
+        path = self._path(frame_id, name, "png")
+        encoded = read_bytes(path)
+        return Camera(
+            name=name,
+            image=decode_image(encoded, str(path)),
+            image_from_camera=calibration.image_from_camera[name],
+            camera_from_lidar=calibration.camera_from_lidar,
+            encoded=encoded,
         )
 
     def _path(self, frame_id: str, folder: str, suffix: str) -> Path:

@@ -20,7 +20,7 @@ from pydantic import Field, NonNegativeFloat, model_validator
 
 from simipu3d.contracts.frame import Boxes, Camera, Frame, check_points
 from simipu3d.data.config import DataConfig
-from simipu3d.data.readers.files import WAY_OUT, read_float_rows, read_image
+from simipu3d.data.readers.files import WAY_OUT, decode_image, read_bytes, read_float_rows
 from simipu3d.data.readers.nuscenes_boxes import read_annotations
 from simipu3d.data.readers.nuscenes_splits import SPLITS, VERSIONS
 from simipu3d.data.readers.nuscenes_tables import KeyFrames, read_key_frames, read_scenes
@@ -147,7 +147,8 @@ class NuScenesReader:
 
     def _camera(self, name: str, record: int, world_from_lidar: NDArray[np.float64]) -> Camera:
         path = self._path(record)
-        image = read_image(path)
+        encoded = read_bytes(path)
+        image = decode_image(encoded, str(path))
         size = tuple(self.frames.image_size[record].tolist())
         if image.shape[:2] != size:
             raise BadFrameError(
@@ -159,6 +160,7 @@ class NuScenesReader:
             image=image,
             image_from_camera=self.frames.sensors[self.frames.sensor[record]].image_from_camera,
             camera_from_lidar=np.linalg.inv(self.frames.world_from_sensor(record)) @ world_from_lidar,
+            encoded=encoded,
         )
 
     def _points(self, lidar: int, lidar_from_world: NDArray[np.float64]) -> NDArray[np.float32]:

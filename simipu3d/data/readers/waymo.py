@@ -12,7 +12,6 @@ shutter is not modelled. Intensity is unbounded (10,000 and more) and is squashe
 """
 
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
@@ -258,7 +257,7 @@ def _check_sensors(moment: WaymoMoment, request: WaymoRequest) -> None:
 
 def _camera(camera: WaymoCamera, moment: WaymoMoment) -> Camera:
     where = f"{_place(moment)}: camera {camera.name}"
-    image = decode_image(BytesIO(camera.jpeg), where)
+    image = decode_image(camera.jpeg, where)
     if image.shape[:2] != camera.size:
         raise BadFrameError(
             f"{where}: the image is {image.shape[0]} x {image.shape[1]}, and its calibration is for {camera.size[0]} x "
@@ -274,6 +273,7 @@ def _camera(camera: WaymoCamera, moment: WaymoMoment) -> Camera:
         image_from_camera=np.array([[f_u, 0, c_u - 0.5, 0], [0, f_v, c_v - 0.5, 0], [0, 0, 1, 0]], dtype=np.float64),
         camera_from_lidar=camera_from_lidar,
         distortion=camera.intrinsic[4:].copy(),
+        encoded=camera.jpeg,
     )
 
 

@@ -1,0 +1,197 @@
+"""What lies in a shard set, and how is it known to be whole?
+
+    manifest.json        written last: what was written from which configuration, and every shard with its check sums
+    prepare.json         written first: what a run that goes on compares its configuration with
+    shard-000000.tar     frames, one after the other; the members of one are neighbours (`shard_frames` says which)
+    shard-000000.jsonl   its index: a line about the shard, then a line a frame
+
+The tars are plain WebDataset shards. An index is written when its tar is complete, so a tar without one does not count.
+"""
+
+import hashlib
+import json
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
+
+from simipu3d.config import PartConfig
+from simipu3d.data.shard_store import Store, StoreError
+from simipu3d.errors import UserError
+
+FORMAT = 1
+"""Raise it with every change that a reader of the old files would trip over."""
+MANIFEST, PREPARE = "manifest.json", "prepare.json"
+
+Digest = str
+FileName = Field(pattern=r"^[A-Za-z0-9_-]+\.(tar|jsonl)$")
+
+
+class ShardInfo(PartConfig):
+    """One shard as the manifest has it."""
+
+    name: str = FileName
+    """File name of the tar."""
+    bytes: NonNegativeInt
+    """Its size."""
+    sha256: Digest
+    """Of the tar."""
+    frames: NonNegativeInt
+    """How many it holds."""
+    index: str = FileName
+    """File name of the index."""
+    index_bytes: NonNegativeInt
+    """Its size."""
+    index_sha256: Digest
+    """Of the index."""
+
+
+class IndexHeader(PartConfig):
+    """The first line of an index."""
+
+    format: int
+    """`FORMAT` of the writer."""
+    written_from: Digest
+    """SHA-256 of prepare.json."""
+    bytes: NonNegativeInt
+    """Size of the tar."""
+    sha256: Digest
+    """Of the tar."""
+    frames: NonNegativeInt
+    """How many it holds."""
+    cameras: tuple[str, ...]
+    """The cameras that occur in it."""
+    skipped: tuple[str, ...]
+    """A message for each frame that could not be used."""
+
+
+class Member(NamedTuple):
+    """One file of a frame."""
+
+    suffix: str
+    """Its name behind the frame's key and a dot."""
+    offset: int
+    """Where its content begins in the tar."""
+    size: int
+    crc32: int
+
+
+class FrameEntry(NamedTuple):
+    """One frame as its line in the index has it; `offset` and `size` enclose all members with their tar headers."""
+
+    key: str
+    frame_id: str
+    sequence_id: str
+    offset: int
+    size: int
+    members: tuple[Member, ...]
+
+
+class Manifest(PartConfig):
+    """manifest.json: written last, whole."""
+
+    format: int
+    """`FORMAT` of the writer."""
+    simipu3d: str
+    """Version of the writer."""
+    config: dict[str, Any]
+    """The blocks `data` and `prepare` that it was written from."""
+    point_columns: tuple[str, ...]
+    """Columns of every frame's points."""
+    class_names: tuple[str, ...]
+    """What the ground truth's classes index."""
+    cameras: tuple[str, ...]
+    """The cameras that occur."""
+    frames: NonNegativeInt
+    """How many there are in all shards."""
+    skipped: tuple[str, ...]
+    """A message for each frame of the source that could not be used."""
+    shards: tuple[ShardInfo, ...]
+    """In the order of the frames."""
+
+
+def shard_stem(number: int) -> str:
+    """File name of a shard without its suffix."""
+    return f"shard-{number:06d}"
+
+
+def dump_json(value: Any) -> bytes:
+    """Text that is the same for the same values; refuses NaN, which is no JSON."""
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def read_manifest(store: Store) -> Manifest:
+    """The manifest of a shard set.
+
+    Raises:
+        UserError: there is none, it is damaged, or of a newer format.
+    """
+    path = store.path(MANIFEST)
+    try:
+        content = store.read(MANIFEST)
+    except StoreError as error:
+        way_out = "run prepare_data again, its writing was cut short" if store.size(PREPARE) else "is it a shard set?"
+        raise UserError(f"{error}; {way_out}") from error
+    check_format(content, path)
+    try:
+        manifest = Manifest.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: damaged: {where}: {first['msg']}; run prepare_data again") from error
+    if manifest.frames != sum(shard.frames for shard in manifest.shards):
+        raise UserError(f"{path}: damaged: its shards hold not the {manifest.frames} frames it speaks of")
+    return manifest
+
+
+def check_format(content: bytes, path: str) -> None:
+    """Raise `UserError` when a JSON text is damaged, or says a newer `format` than this package reads."""
+    try:
+        found = json.loads(content)["format"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: damaged, or not of a shard set; run prepare_data again") from None
+    if found != FORMAT:
+        raise UserError(
+            f"{path}: is of format {found}, this simipu3d reads format {FORMAT}; install the release that wrote it, or run "
+            "prepare_data again"
+        )
+
+
+def dump_index(header: IndexHeader, frames: list[FrameEntry]) -> bytes:
+    """The text of an index."""
+    lines = [header.model_dump_json(), *(json.dumps(entry, ensure_ascii=False) for entry in frames)]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def parse_header(content: bytes) -> IndexHeader | None:
+    """The first line of an index; None where it is damaged."""
+    return _validated(IndexHeader, content.partition(b"\n")[0])
+
+
+def _validated(model: type[IndexHeader], line: bytes) -> IndexHeader | None:
+    try:
+        return model.model_validate_json(line)
+    except ValidationError:
+        return None
+
+
+def parse_entry(line: bytes) -> FrameEntry:
+    """One frame's line of an index.
+
+    Raises:
+        ValueError: it is no such line.
+    """
+    try:
+        *values, members = json.loads(line)
+        return FrameEntry(*values, tuple(Member(*member) for member in members))
+    except (TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"no line of an index: {error}") from error
+
+
+def digest(content: bytes) -> Digest:
+    """SHA-256 in hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def plain_model(model: BaseModel) -> bytes:
+    """A model as the text of its file."""
+    return dump_json(json.loads(model.model_dump_json()))

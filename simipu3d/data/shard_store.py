@@ -1,0 +1,209 @@
+"""Where do the files of a shard set lie? A folder of this machine, or whatever fsspec has a name for.
+
+Both are used through the same few methods. What cannot be read or written raises `StoreError`, one line; a file appears
+whole or not at all (a local one is renamed into its place, a remote one is uploaded in one piece).
+"""
+
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, TypeVar
+
+import fsspec
+
+from simipu3d.errors import UserError
+
+Result = TypeVar("Result")
+
+MAX_OPEN_FILES = 32
+"""Handles a process keeps; the least recently used one is closed."""
+RETRY_AFTER = (0.5, 2.0)
+"""Seconds before the second and the third try of a remote read: networks fail for moments."""
+
+
+class StoreError(UserError):
+    """A file of the store is absent, or cannot be read or written."""
+
+
+class Store(Protocol):
+    """Files in one place; names are plain file names."""
+
+    url: str
+
+    def path(self, name: str) -> str:
+        """What messages call a file."""
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where there is none."""
+
+    def read(self, name: str) -> bytes:
+        """A whole file."""
+
+    def read_range(self, name: str, offset: int, size: int) -> bytes:
+        """`size` bytes of a file; fewer where it ends before."""
+
+    def write(self, name: str, content: bytes) -> None:
+        """A small file, whole or not at all."""
+
+    def put(self, name: str, source: Path) -> None:
+        """Take over a local file, whole or not at all; `source` is gone afterwards."""
+
+    def parts_folder(self) -> Path | None:
+        """Where a file is best made that `put` will take over; None: anywhere."""
+
+
+def open_store(url: str) -> "Store":
+    """The store at a local path or a URL that fsspec knows (s3://bucket/folder, https://...)."""
+    protocol, found, rest = url.partition("://")
+    if not found:
+        return LocalStore(Path(url))
+    if protocol in ("file", "local"):
+        return LocalStore(Path(rest))
+    return RemoteStore(url)
+
+
+class LocalStore:
+    """A folder. Reads go by position on open handles, so that forked processes may share them."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.url = folder, str(folder)
+        self._open: OrderedDict[str, BinaryIO] = OrderedDict()
+
+    def path(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def size(self, name: str) -> int | None:
+        try:
+            return (self.folder / name).stat().st_size
+        except OSError:
+            return None
+
+    def read(self, name: str) -> bytes:
+        try:
+            return (self.folder / name).read_bytes()
+        except OSError as error:
+            raise StoreError(f"{self.path(name)}: {_reason(error)}") from error
+
+    def read_range(self, name: str, offset: int, size: int) -> bytes:
+        try:
+            return os.pread(self._handle(name).fileno(), size, offset)
+        except OSError as error:
+            raise StoreError(f"{self.path(name)}: {_reason(error)}") from error
+
+    def _handle(self, name: str) -> BinaryIO:
+        if name not in self._open:
+            self._open[name] = open(self.folder / name, "rb", buffering=0)  # noqa: SIM115  (stays open, is closed below)
+            if len(self._open) > MAX_OPEN_FILES:
+                self._open.popitem(last=False)[1].close()
+        self._open.move_to_end(name)
+        return self._open[name]
+
+    def write(self, name: str, content: bytes) -> None:
+        part = self.folder / f".{name}.{os.getpid()}.part"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                with open(part, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(part, self.folder / name)
+            finally:
+                part.unlink(missing_ok=True)
+        except OSError as error:
+            raise StoreError(f"{self.path(name)}: cannot be written ({_reason(error)})") from error
+
+    def put(self, name: str, source: Path) -> None:
+        try:
+            os.replace(source, self.folder / name)
+        except OSError as error:
+            raise StoreError(f"{self.path(name)}: cannot be written ({_reason(error)})") from error
+
+    def parts_folder(self) -> Path | None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"{self.folder}: cannot be made ({_reason(error)})") from error
+        return self.folder
+
+
+class RemoteStore:
+    """Files behind a URL; a forked process opens its own connection."""
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+        self._connection: tuple[int, Any, str] | None = None
+        self._connect()
+
+    def _connect(self) -> tuple[Any, str]:
+        """The filesystem and the folder's path in it; connections do not survive a fork."""
+        if self._connection is None or self._connection[0] != os.getpid():
+            try:
+                filesystem, root = fsspec.core.url_to_fs(self.url)
+            except (ImportError, ValueError, OSError) as error:
+                raise StoreError(f"{self.url}: cannot be opened: {_reason(error)}") from error
+            self._connection = (os.getpid(), filesystem, root.rstrip("/"))
+        return self._connection[1:]
+
+    def _call(self, name: str, work: Callable[[Any, str], Result], tries: int = len(RETRY_AFTER) + 1) -> Result:
+        """Do something with a file, again where the network failed; every filesystem has errors of its own."""
+        filesystem, root = self._connect()
+        for again in range(tries):
+            try:
+                return work(filesystem, f"{root}/{name}")
+            except FileNotFoundError as error:
+                raise StoreError(f"{self.path(name)}: {_reason(error)}") from error
+            except Exception as error:
+                if again == tries - 1:
+                    raise StoreError(f"{self.path(name)}: {_reason(error)}") from error
+                time.sleep(RETRY_AFTER[again])
+        raise AssertionError("the last try returns or raises")
+
+    def path(self, name: str) -> str:
+        return f"{self.url}/{name}"
+
+    def size(self, name: str) -> int | None:
+        def look(filesystem: Any, path: str) -> int | None:
+            filesystem.invalidate_cache()
+            return filesystem.size(path) if filesystem.exists(path) else None
+
+        return self._call(name, look)
+
+    def read(self, name: str) -> bytes:
+        return self._call(name, lambda filesystem, path: filesystem.cat_file(path))
+
+    def read_range(self, name: str, offset: int, size: int) -> bytes:
+        content = self._call(name, lambda filesystem, path: filesystem.cat_file(path, start=offset, end=offset + size))
+        if len(content) > size:
+            raise StoreError(
+                f"{self.path(name)}: the server sends whole files, not ranges of bytes; copy the set first"
+            )
+        return content
+
+    def write(self, name: str, content: bytes) -> None:
+        self._call(name, lambda filesystem, path: _make_and_pipe(filesystem, path, content), tries=1)
+
+    def put(self, name: str, source: Path) -> None:
+        def upload(filesystem: Any, path: str) -> None:
+            filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+            filesystem.put_file(str(source), path)
+
+        self._call(name, upload, tries=1)
+        source.unlink()
+
+    def parts_folder(self) -> Path | None:
+        return None
+
+
+def _make_and_pipe(filesystem: Any, path: str, content: bytes) -> None:
+    filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+    filesystem.pipe_file(path, content)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(text).split())
