@@ -7,7 +7,10 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
 
 from simipu3d.errors import UserError
 
@@ -24,6 +27,16 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, default: str | None
         metavar="KEY=VALUE",
         help="change keys of the configuration; values are YAML; a block's name is changed first, and drops its old keys",
     )
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str) -> None:
+    """A table on standard output."""
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column.replace("_", " "), overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
 
 
 def run(

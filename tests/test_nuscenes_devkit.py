@@ -64,6 +64,8 @@ def test_pixels_are_the_devkits(devkit_python, samples, tmp_path):
             still = np.linalg.inv(ego_from[0]) @ ego_from[1] @ frame.native_from_lidar
             wrong = kept_by_the_devkit(frame, camera, still)
             assert wrong.shape != pixels.shape or np.abs(wrong - pixels).max() > 1
-    print(f"{compared} points: at most {largest:.1e} px off the devkit, {largest_single:.1e} px in its single precision")
+    print(
+        f"{compared} points: at most {largest:.1e} px off the devkit, {largest_single:.1e} px in its single precision"
+    )
     assert compared > 1000
     assert largest < 1e-3
