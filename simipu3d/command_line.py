@@ -30,10 +30,10 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, default: str | None
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str) -> None:
-    """A table on standard output."""
+    """A table on standard output; the first column, the rows' names, is the last to be folded."""
     table = Table(title=title)
-    for column in columns:
-        table.add_column(column.replace("_", " "), overflow="fold")
+    for number, column in enumerate(columns):
+        table.add_column(column.replace("_", " "), overflow="fold", min_width=None if number else 16)
     for row in rows:
         table.add_row(*row)
     Console().print(table)

@@ -1,6 +1,6 @@
 """Readers of data sets: folders in, Frames out. One file a data set; importing a module files its reader in
 `READERS`."""
 
-from simipu3d.data.readers import kitti, nuscenes
+from simipu3d.data.readers import custom, kitti, nuscenes
 
-__all__ = ["kitti", "nuscenes"]
+__all__ = ["custom", "kitti", "nuscenes"]

@@ -3,6 +3,7 @@
 Every function raises `BadFrameError` that names the file, what was found in it and the way out.
 """
 
+import io
 import struct
 from pathlib import Path
 
@@ -46,6 +47,16 @@ def read_float_rows(path: Path, num_columns: int) -> NDArray[np.float32]:
             f"short or of another kind; {WAY_OUT}"
         )
     return np.frombuffer(content, dtype="<f4").astype(np.float32).reshape(-1, num_columns)
+
+
+def read_npy(path: Path) -> NDArray:
+    """The array of a .npy file; one that holds Python objects is refused, for reading it could run code."""
+    try:
+        return np.load(io.BytesIO(read_bytes(path)), allow_pickle=False)
+    except (ValueError, EOFError, SyntaxError, TypeError, MemoryError) as error:
+        raise BadFrameError(
+            f"{path}: is no .npy file of plain numbers, or is cut short ({' '.join(str(error).split())}); {WAY_OUT}"
+        ) from error
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
