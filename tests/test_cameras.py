@@ -28,9 +28,9 @@ def rig_frame(seed: int, names=("front", "left", "right")) -> Frame:
     """A street scene seen by cameras whose views overlap and whose images differ in size."""
     frame, rng = street(seed), np.random.default_rng(100 + seed)
     cameras = []
-    for number, name in enumerate(names):
-        height, width = 56 + 8 * number, 104 - 16 * number
-        yaw = YAWS[name]
+    for name in names:
+        number, yaw = list(YAWS).index(name), YAWS[name]
+        height, width = 40 + 8 * number, 72 + 16 * number
         turn = np.eye(4)
         turn[:2, :2] = [[np.cos(yaw), np.sin(yaw)], [-np.sin(yaw), np.cos(yaw)]]
         image_from_camera = np.array([[60, 0, width / 2, 0], [0, 60, height / 2, 0], [0, 0, 1.0, 0]])
