@@ -7,7 +7,10 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
 
 from simipu3d.errors import UserError
 
@@ -31,6 +34,16 @@ def add_plugins_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plugins", nargs="+", default=[], metavar="MODULE", help="modules that register the parts the run was made of"
     )
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str) -> None:
+    """A table on standard output; the first column, the rows' names, is the last to be folded."""
+    table = Table(title=title)
+    for number, column in enumerate(columns):
+        table.add_column(column.replace("_", " "), overflow="fold", min_width=None if number else 16)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
 
 
 def run(

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -210,13 +210,18 @@ def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
     for part in path:
         if part.isdigit():  # an entry of a list: its model was found with the list
             continue
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        nested = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+        nested = _models_in(model.model_fields[part].annotation) if part in model.model_fields else []
         if not nested:
             return []
         model = nested[0]
     return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a field may hold: itself, or inside lists and optional values."""
+    if get_args(annotation):
+        return [model for argument in get_args(annotation) for model in _models_in(argument)]
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
 
 
 def parse_block(prefix: str, model: type[Model], block: Any) -> Model:

@@ -43,6 +43,7 @@ def images_of(sizes, matrices, raw_size=(48, 80), padded=(64, 96)):
         own_padded_size=(torch.tensor(sizes) + 31) // 32 * 32,
         batch_index=torch.arange(count),
         camera_index=torch.zeros(count, dtype=torch.int64),
+        camera_names=("front",) * count,
         augmented_from_image=torch.stack(matrices),
         image_from_camera=camera.expand(count, 3, 4),
         camera_from_lidar=camera_from_lidar.expand(count, 4, 4),

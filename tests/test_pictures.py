@@ -55,6 +55,7 @@ def random_batch(seed):
         own_padded_size=torch.tensor([[32, 64]]),
         batch_index=torch.zeros(1, dtype=torch.int64),
         camera_index=torch.zeros(1, dtype=torch.int64),
+        camera_names=("front",),
         augmented_from_image=(mirror_matrix(small[1]) @ resize_matrix(SIZE, small))[None],
         image_from_camera=torch.from_numpy(camera.image_from_camera)[None],
         camera_from_lidar=torch.from_numpy(camera.camera_from_lidar)[None],

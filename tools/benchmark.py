@@ -7,10 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
-from simipu3d.command_line import run
+from simipu3d.command_line import print_table, run
 from simipu3d.engine.run import environment, write_whole
 from simipu3d.errors import UserError
 
@@ -34,12 +31,8 @@ def body(args: argparse.Namespace) -> None:
         raise UserError(f"--samples: {args.samples}: no such folder")
     suite = importlib.import_module(f"simipu3d.benchmark.{args.suite}")
     rows = suite.measure(args.samples, args.quick)
-    table = Table(title=suite.__doc__.partition("\n")[0])
-    for column in rows[0]:
-        table.add_column(column.replace("_", " "), overflow="fold")
-    for row in rows:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console().print(table)
+    cells = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+    print_table(list(rows[0]), cells, suite.__doc__.partition("\n")[0])
     if args.json is not None:
         text = json.dumps({"suite": args.suite, "environment": environment(), "rows": rows}, indent=1)
         write_whole(args.json, text + "\n")

@@ -1,7 +1,8 @@
-"""`python tools/inspect_data.py --cfg FILE`: what does a configuration read? Pages to look at, and a table.
+"""`python tools/inspect_data.py --cfg FILE`: what does a configuration read? Pages to look at, or a check of every frame.
 
-Only the `data:` block is read. For each frame two pages are written: the frame as it was read (projected points, boxes,
-the scan from above) and what augmentation makes of it (two views with matches, the augmented images with their points).
+Only the `data:` block is read. For each frame two pages are written: the frame as it was read (projected points and
+boxes in all cameras, the scan from above) and what augmentation makes of it (two views with matches, the augmented images
+with their points). `--check N` draws nothing and tells every problem that it finds in N frames.
 """
 
 import argparse
@@ -9,30 +10,29 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.progress import track
 
-from simipu3d.command_line import add_config_arguments, run
+from simipu3d.command_line import add_config_arguments, print_table, run
 from simipu3d.data import module
-from simipu3d.data.augment import augment_frame
-from simipu3d.data.collate import collate
-from simipu3d.data.order import sample_seeds
+from simipu3d.data.check import check_frames, collect, frame_count, spread_indices, summary
 from simipu3d.engine.settings import load_data_config
 from simipu3d.errors import BadFrameError, UserError
-from simipu3d.pictures import save_png
-from simipu3d.pictures.frames import FrameFacts, frame_facts, frame_page, views_page
+from simipu3d.pictures.frames import FrameFacts, write_pages
 
 
 def inspect(args: argparse.Namespace) -> None:
-    """Write the pages and print the table."""
+    """Write the pages and print the table, or check frames."""
     config = load_data_config(args.cfg, args.set)
     reader = module.build_reader(config)
+    title = f"{config.name}, split {config.split}: {len(reader)} frames"
     if args.num < 1 or len(reader) == 0:
-        raise UserError(f"nothing to draw: --num is {args.num}, and split {config.split} has {len(reader)} frames")
-    out = Path(args.out or Path("runs") / f"inspect-{Path(args.cfg).stem}")
-    facts = []
-    for index in np.linspace(0, len(reader) - 1, min(args.num, len(reader))).round().astype(int).tolist():
+        raise UserError(f"nothing to read: --num is {args.num}, and split {config.split} has {len(reader)} frames")
+    if args.check is not None:
+        check(reader, args.check, config.num_workers, title)
+        return
+    out, facts = Path(args.out or Path("runs") / f"inspect-{Path(args.cfg).stem}"), []
+    for index in spread_indices(args.num, len(reader)):
         try:
             frame = reader[index]
             module.check_seen(frame)
@@ -41,26 +41,23 @@ def inspect(args: argparse.Namespace) -> None:
                 raise
             print(f"skipped: {error}", file=sys.stderr)
             continue
-        batch = collate([augment_frame(frame, module.augment_of(reader, config, index), sample_seeds(0, 0, index))])
-        name = frame.frame_id.replace("/", "_")
-        for kind, picture in (("frame", frame_page(frame)), ("views", views_page(batch))):
-            try:
-                save_png(out / f"{name}-{kind}.png", picture)
-            except OSError as error:
-                raise UserError(f"--out {out}: cannot be written: {error}") from error
-        facts.append(frame_facts(frame))
-    show(facts, f"{config.name}, split {config.split}: {len(reader)} frames")
+        facts.append(write_pages(out, frame, module.example_batch(reader, frame, config, index)))
+    print_table(FrameFacts._fields, facts, title)
     print(f"{2 * len(facts)} pages in {out}")
 
 
-def show(facts: list[FrameFacts], title: str) -> None:
-    """The table of the frames that were drawn."""
-    table = Table(title=title)
-    for column in FrameFacts._fields:
-        table.add_column(column.replace("_", " "), overflow="fold")
-    for row in facts:
-        table.add_row(*row)
-    Console().print(table)
+def check(reader: module.FrameReader, number: int, num_workers: int, title: str) -> None:
+    """Read frames, print every problem and a summary; problems are an error."""
+    indices = spread_indices(number, len(reader))
+    console = Console(stderr=True)
+    checks = track(check_frames(reader, indices, num_workers), "checking", len(indices), console=console)
+    report = collect(list(checks))
+    for problem in report.problems:
+        print(problem)
+    print_table(("what", "found"), summary(report), title)
+    if report.problems:
+        raise UserError(f"{len(report.problems)} problems in {len(indices)} frames, listed above")
+    print(f"no problem in {len(indices)} frames")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,6 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="inspect_data", description=__doc__.partition("\n")[0])
     add_config_arguments(parser)
     parser.add_argument("--num", type=int, default=8, metavar="N", help="frames, spread over the split (default: 8)")
+    parser.add_argument(
+        "--check",
+        type=frame_count,
+        metavar="N",
+        help="draw nothing; read N frames, spread over the split (all or 0: every frame), and tell every problem",
+    )
     parser.add_argument("--out", metavar="DIR", help="folder for the pages (default: runs/inspect-<configuration>)")
     return run(parser, inspect, argv)
 

@@ -62,6 +62,7 @@ class ImageView:
         sampling grid reads it).
         batch_index: (I,) int64, the frame an image belongs to.
         camera_index: (I,) int64, position of the camera in its frame.
+        camera_names: I names, the data set's own; frames may differ in how many cameras they have, and in which.
         augmented_from_image: (I, 3, 3) float64, moves a pixel of the original image into the augmented one.
         image_from_camera: (I, 3, 4) float64, for the original image.
         camera_from_lidar: (I, 4, 4) float64.
@@ -74,6 +75,7 @@ class ImageView:
     own_padded_size: Tensor
     batch_index: Tensor
     camera_index: Tensor
+    camera_names: tuple[str, ...]
     augmented_from_image: Tensor
     image_from_camera: Tensor
     camera_from_lidar: Tensor

@@ -26,6 +26,8 @@ class Camera:
         camera_from_lidar: (4, 4) float64, with the ego motion between lidar and exposure inside.
         distortion: (5,) k1, k2, p1, p2, k3 in OpenCV's meaning, or None. Applied only in
             `geometry.camera.project_points`.
+        timestamp: seconds, when the image was exposed, on the clock of `Frame.timestamp`; None where the data set does
+            not say.
         depth: (H, W) float32 metres along the optical axis, 0 where unknown, or None. Ground truth.
         pixel_class: (H, W) uint8 index into the reader's `class_names`, or None. Ground truth.
         pixel_instance: (H, W) int32, 0 = no object, or None. Ground truth.
@@ -38,6 +40,7 @@ class Camera:
     image_from_camera: NDArray[np.float64]
     camera_from_lidar: NDArray[np.float64]
     distortion: NDArray[np.float64] | None = None
+    timestamp: float | None = None
     depth: NDArray[np.float32] | None = None
     pixel_class: NDArray[np.uint8] | None = None
     pixel_instance: NDArray[np.int32] | None = None

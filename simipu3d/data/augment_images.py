@@ -22,12 +22,14 @@ class ImageSample:
 
     Attributes:
         image: (3, h, w) uint8 RGB.
+        camera: the camera's name.
         padded_size: (height, width) rounded up to the padding multiple.
         augmented_from_image: (3, 3) float64.
         image_from_camera, camera_from_lidar, distortion, raw_size: calibration of the original image, see `ImageView`.
     """
 
     image: Tensor
+    camera: str
     padded_size: tuple[int, int]
     augmented_from_image: Tensor
     image_from_camera: Tensor
@@ -102,6 +104,7 @@ def augment_image(
     distortion = np.zeros(5) if camera.distortion is None else camera.distortion
     return ImageSample(
         image=torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))),
+        camera=camera.name,
         padded_size=(-(-size[0] // pad) * pad, -(-size[1] // pad) * pad),
         augmented_from_image=matrix,
         image_from_camera=torch.tensor(camera.image_from_camera, dtype=torch.float64),

@@ -61,6 +61,7 @@ def _image_view(frames: Sequence[tuple[ImageSample, ...]]) -> ImageView:
         own_padded_size=_sizes([sample.padded_size for sample in samples]),
         batch_index=torch.tensor([frame for frame, own in enumerate(frames) for _ in own], dtype=torch.int64),
         camera_index=torch.tensor([camera for own in frames for camera in range(len(own))], dtype=torch.int64),
+        camera_names=tuple(sample.camera for sample in samples),
         augmented_from_image=_stack([sample.augmented_from_image for sample in samples], (3, 3)),
         image_from_camera=_stack([sample.image_from_camera for sample in samples], (3, 4)),
         camera_from_lidar=_stack([sample.camera_from_lidar for sample in samples], (4, 4)),

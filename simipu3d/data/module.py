@@ -58,6 +58,11 @@ def check_seen(frame: Frame) -> None:
         )
 
 
+def example_batch(reader: FrameReader, frame: Frame, config: DataConfig, index: int) -> Batch:
+    """One frame as a training step would get it, for looking at; the draws depend on its index alone."""
+    return collate([augment_frame(frame, augment_of(reader, config, index), sample_seeds(0, 0, index))])
+
+
 class PairDataset(Dataset[Sample | NoSample]):
     """Keys of an `EpochSampler` to augmented samples.
 
@@ -156,7 +161,8 @@ class BadFrameLimit:
         self.messages = dict.fromkeys(state["messages"])
 
 
-def _start_worker(worker: int) -> None:
+def start_worker(worker: int) -> None:
+    """What every worker process does first."""
     torch.set_num_threads(1)  # workers are the parallelism; threads of theirs would fight over the same cores
 
 
@@ -194,7 +200,7 @@ def make_loader(
         batch_sampler=EpochSampler(len(reader), config.batch_size, rank, world_size),
         collate_fn=collate,
         num_workers=config.num_workers,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         persistent_workers=parallel,
         # fork: a worker starts in milliseconds and needs no importable __main__; it is safe here because workers use
         # one thread, so they never meet a thread pool that did not survive the fork, and never touch the GPU.

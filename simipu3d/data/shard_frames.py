@@ -150,6 +150,7 @@ def _describe(frame: Frame, files: list[str]) -> dict[str, Any]:
                 "image_from_camera": _plain(camera.image_from_camera),
                 "camera_from_lidar": _plain(camera.camera_from_lidar),
                 "distortion": _plain(camera.distortion),
+                "timestamp": camera.timestamp,
             }
             for camera, file in zip(frame.cameras, files, strict=True)
         ],
@@ -233,6 +234,7 @@ def _camera(about: dict[str, Any], members: dict[str, bytes], arrays: dict[str, 
         image_from_camera=_matrix(about["image_from_camera"], (3, 4)),
         camera_from_lidar=_matrix(about["camera_from_lidar"], (4, 4)),
         distortion=_matrix(about["distortion"], (5,)),
+        timestamp=about["timestamp"],
         encoded=encoded,
         **{kind: arrays[f"{stem}.{kind}"] for kind in PIXEL_TRUTH if f"{stem}.{kind}" in arrays},
     )

@@ -8,7 +8,8 @@ from simipu3d.contracts.batch import Batch, PointView
 from simipu3d.contracts.tokens import FeatureMap, PointTokens
 from simipu3d.matching.assignment import TokenPairs
 from simipu3d.matching.projection import PixelPairs
-from simipu3d.pictures import draw_image_matches, draw_matches, enlarge, features_as_colours, fitting_scale
+from simipu3d.pictures import draw_image_matches, draw_matches, enlarge, features_as_colours, fitting_scale, mosaic
+from simipu3d.pictures.canvas import enlarged_pixels
 
 Picture = NDArray[np.uint8]
 
@@ -45,29 +46,54 @@ def view_of_image(batch: Batch, image: int) -> Picture:
     return _array(batch.images.images[image, :, :height, :width].permute(1, 2, 0))
 
 
-def draw_pixel_pairs(batch: Batch, tokens: PointTokens, used: PixelPairs, image: int = 0) -> Picture:
-    """An augmented image with its tokens, joined to where they are in space."""
-    picture, frame = view_of_image(batch, image), int(batch.images.batch_index[image])
-    own = (used.image == image) & used.visible
+def images_of_frame(batch: Batch, frame: int) -> list[int]:
+    """Rows of a frame's images."""
+    return (batch.images.batch_index == frame).nonzero().squeeze(1).tolist()
+
+
+def draw_pixel_pairs(batch: Batch, tokens: PointTokens, used: PixelPairs, frame: int = 0) -> Picture:
+    """All augmented images of a frame with their tokens, joined to where they are in space.
+
+    A token that several cameras see has one colour in all of them. The frame must have an image.
+    """
+    images = images_of_frame(batch, frame)
+    pictures = [view_of_image(batch, image) for image in images]
+    names = [batch.images.camera_names[image] for image in images]
+    scale = fitting_scale(mosaic(pictures, names)[0], 900 if len(images) < 3 else 1400)
+    picture, places = mosaic(pictures, names, scale=scale)
+    parts = []
+    for image, place in zip(images, places, strict=True):
+        own = (used.image == image) & used.visible
+        parts.append((_array(used.token[own]), enlarged_pixels(_array(used.pixels[own]), scale) + place))
+    token, pixels = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     return draw_image_matches(
         picture,
-        _array(used.pixels[own]),
-        _array(tokens.xyz[used.token[own]]),
+        pixels,
+        _array(tokens.xyz)[token],
+        ids=token,
         points=_points_of(batch.views[0], frame),
-        scale=fitting_scale(picture),
         pose=_array(batch.views[0].augmented_from_lidar[frame]),
     )
 
 
 def draw_features(batch: Batch, feature_map: FeatureMap, num_images: int = 4) -> Picture:
-    """Some images over their matched feature maps, the three strongest directions of the features as colours."""
-    num_images = min(num_images, len(batch.images.images))
-    maps = features_as_colours([feature_map.features[:num_images]])[0]
-    rows = []
-    for image, colours in enumerate(maps):
+    """Images over their matched feature maps, the three strongest directions of the features as colours: all cameras of
+    the first frame that has any, and further frames, whole, as long as there are no more than `num_images`."""
+    shown: list[int] = []
+    for frame in range(batch.num_frames):
+        images = images_of_frame(batch, frame)
+        if shown and len(shown) + len(images) > num_images:
+            break
+        shown += images
+    maps = features_as_colours([feature_map.features[shown]])[0]
+    pairs = []
+    for image, colours in zip(shown, maps, strict=True):
         large = enlarge(colours, feature_map.stride)
         picture = view_of_image(batch, image)
         height, width = min(large.shape[0], picture.shape[0]), min(large.shape[1], picture.shape[1])
-        rows.append(np.concatenate([picture[:height, :width], large[:height, :width]]))
-    width = max(row.shape[1] for row in rows)
-    return np.concatenate([np.pad(row, ((0, 4), (0, width - row.shape[1]), (0, 0))) for row in rows])
+        pairs.append(np.concatenate([picture[:height, :width], large[:height, :width]]))
+    names = [batch.images.camera_names[image] for image in shown]
+    frames = batch.images.batch_index[shown].tolist()
+    if len(set(frames)) > 1:
+        names = [f"{batch.frame_ids[frame]} {name}" for frame, name in zip(frames, names, strict=True)]
+    return mosaic(pairs, names)[0]

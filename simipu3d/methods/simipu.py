@@ -240,7 +240,8 @@ class SimIPU(nn.Module):
         if self.uses_intra:
             drawn["matches"] = draw_token_pairs(batch, embedded.tokens, embedded.pairs)
         if self.uses_inter and len(batch.images.images):
-            drawn["projected_tokens"] = draw_pixel_pairs(batch, embedded.tokens[0], embedded.used)
+            frame = int(batch.images.batch_index[0])
+            drawn["projected_tokens"] = draw_pixel_pairs(batch, embedded.tokens[0], embedded.used, frame)
             drawn["features"] = draw_features(batch, embedded.maps[-1])
         return drawn
 
@@ -276,8 +277,10 @@ class SimIPU(nn.Module):
             result = self._inter_result(embedded)
             loss = loss + contrast.inter_weight * result.loss
             metrics |= _named("inter", result)
-            seen = embedded.pixels.token[embedded.pixels.visible].unique()
-            metrics["visible_tokens"] = _scalar(len(seen), batch) / metrics["num_tokens"].clamp(min=1)
+            _, num_cameras = embedded.pixels.token[embedded.pixels.visible].unique(return_counts=True)
+            num_tokens = metrics["num_tokens"].clamp(min=1)
+            metrics["visible_tokens"] = _scalar(len(num_cameras), batch) / num_tokens
+            metrics["overlap_tokens"] = (num_cameras > 1).sum() / num_tokens  # seen by two cameras or more
             metrics["inter_rows"] = _scalar(len(embedded.used.token), batch)
         return {"loss": loss, **metrics}
 

@@ -1,7 +1,7 @@
 """Pictures for people: overlays, views from above, matches, features as colours, pages. All are (H, W, 3) uint8 RGB."""
 
 from simipu3d.pictures.bird_eye import Extent, bird_eye, fit_extent
-from simipu3d.pictures.canvas import draw_dots, draw_lines, enlarge, fitting_scale, save_png
+from simipu3d.pictures.canvas import draw_dots, draw_lines, enlarge, fitting_scale, mosaic, save_png
 from simipu3d.pictures.colours import colour_scale, depth_as_colours, id_colours
 from simipu3d.pictures.features import class_as_colours, features_as_colours
 from simipu3d.pictures.matches import draw_image_matches, draw_matches, draw_tokens
@@ -26,6 +26,7 @@ __all__ = [
     "draw_lines",
     "enlarge",
     "fitting_scale",
+    "mosaic",
     "page",
     "save_png",
 ]

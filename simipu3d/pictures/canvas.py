@@ -5,6 +5,7 @@ Images are (H, W, 3) uint8 RGB and are never changed in place. Pixels are (u, v)
 
 import os
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -136,6 +137,45 @@ def side_by_side(images: list[Picture], gap: int = 12, background: tuple[int, in
         row[: image.shape[0], left : left + image.shape[1]] = image
         left += image.shape[1] + gap
     return row
+
+
+def images_a_row(number: int) -> int:
+    """How many of `number` cameras' images stand in a row: one or two are wide, four make a square, others rows of 3."""
+    return {1: 1, 2: 1, 4: 2}.get(number, 3)
+
+
+def mosaic(
+    images: Sequence[Picture], names: Sequence[str], *, scale: int = 1, background: tuple[int, int, int] = (20, 21, 26)
+) -> tuple[Picture, NDArray[np.int64]]:
+    """The images of a frame's cameras as one picture, each under its name where there are several.
+
+    Args:
+        images: I pictures, at least one; sizes may differ.
+        names: I names.
+        scale: the images are enlarged this many times first.
+        background: where no image is.
+
+    Returns:
+        picture: (H, W, 3).
+        places: (I, 2) the pixel (u, v) of the picture on which the first pixel of each enlarged image lies.
+    """
+    columns, several = images_a_row(len(images)), len(images) > 1
+    height, width = (max(image.shape[axis] for image in images) * scale for axis in (0, 1))
+    size = int(np.clip(width / 28, 11, 36))
+    strip, gap = (round(1.4 * size), 6) if several else (0, 0)
+    rows = -(-len(images) // columns)
+    picture = np.full(
+        (rows * (strip + height + gap) - gap, columns * (width + gap) - gap, 3), background, dtype=np.uint8
+    )
+    places = np.zeros((len(images), 2), dtype=np.int64)
+    for number, (image, name) in enumerate(zip(images, names, strict=True)):
+        row, column = divmod(number, columns)
+        left, top = column * (width + gap), row * (strip + height + gap) + strip
+        places[number] = left, top
+        picture[top : top + image.shape[0] * scale, left : left + image.shape[1] * scale] = enlarge(image, scale)
+        if several:
+            picture = draw_text(picture, name, (left + 2, top - strip), size=size, rim=None)
+    return picture, places
 
 
 def save_png(path: str | Path, image: Picture) -> Path:

@@ -3,6 +3,9 @@
 Works on what readers and collate return (`Frame`, `Batch`), whatever the data set.
 """
 
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,10 +15,11 @@ from scipy.spatial import cKDTree
 
 from simipu3d.contracts.batch import Batch, ImageView, PointView
 from simipu3d.contracts.frame import Camera, Frame
-from simipu3d.geometry.camera import inside_image, move_pixels, project_points
+from simipu3d.errors import UserError
+from simipu3d.geometry.camera import inside_image, move_pixels, project_points, resize_matrix
 from simipu3d.geometry.transforms import transform_points
 from simipu3d.pictures.bird_eye import bird_eye
-from simipu3d.pictures.canvas import Picture, draw_dots, enlarge, enlarged_pixels, fitting_scale
+from simipu3d.pictures.canvas import Picture, draw_dots, enlarge, enlarged_pixels, fitting_scale, mosaic, save_png
 from simipu3d.pictures.colours import colour_scale, depth_as_colours, depth_colours
 from simipu3d.pictures.features import class_as_colours
 from simipu3d.pictures.matches import draw_matches
@@ -38,48 +42,96 @@ class FrameFacts(NamedTuple):
     intensity: str
     boxes: str
     image_size: str
+    camera_time: str
 
 
 def frame_facts(frame: Frame) -> FrameFacts:
-    """Name, number of points, share of them that each camera sees, range of the intensity, boxes, image sizes."""
+    """Name, number of points, share of them that each camera sees, range of the intensity, boxes, image sizes, and when
+    the cameras fired, counted from the scan's time stamp."""
     column = frame.point_columns.index("intensity") if "intensity" in frame.point_columns else None
     values = frame.points[:, column] if column is not None else None
-    seen = [project(camera, frame.points[:, :3])[2].mean() for camera in frame.cameras]
     sizes = dict.fromkeys(f"{camera.image.shape[0]} x {camera.image.shape[1]}" for camera in frame.cameras)
+    shares = [f"{_share_seen(camera, frame):.1%}" for camera in frame.cameras]
+    if len(shares) > 1:
+        shares = [f"{camera.name} {share}" for camera, share in zip(frame.cameras, shares, strict=True)]
+    offsets = [offset for camera in frame.cameras if (offset := _time_offset(camera, frame)) is not None]
     return FrameFacts(
         frame.frame_id,
         f"{len(frame.points)}",
-        ", ".join(f"{share:.1%}" for share in seen) or "no camera",
+        "\n".join(shares) or "no camera",
         "none" if values is None else f"{values.min():.2f} to {values.max():.2f}",
         "none" if frame.boxes is None else f"{len(frame.boxes)}",
         ", ".join(sizes) or "-",
+        f"{min(offsets) * 1e3:+.0f} to {max(offsets) * 1e3:+.0f} ms" if offsets else "unknown",
     )
+
+
+def _share_seen(camera: Camera, frame: Frame) -> float:
+    return float(project(camera, frame.points[:, :3])[2].mean())
+
+
+def _time_offset(camera: Camera, frame: Frame) -> float | None:
+    """Seconds from the scan's time stamp to the exposure, None where one of them is unknown."""
+    return None if camera.timestamp is None or frame.timestamp is None else camera.timestamp - frame.timestamp
 
 
 def frame_page(frame: Frame, max_depth: float = 60.0) -> Picture:
     """A page for a frame as it was read: projected points and boxes for every camera, ground truth maps, and the scan
-    from above."""
+    from above. Three cameras and more stand together in one picture, points and boxes in the same images."""
     facts = frame_facts(frame)
-    rows: list[tuple[str, list[tuple[str, Picture]]]] = []
-    per_row = 3 if len(frame.cameras) > 2 else 1
-    for start in range(0, len(frame.cameras), per_row):
-        shown = frame.cameras[start : start + per_row]
-        kinds = [_camera_pictures(camera, frame, max_depth, 1750 // per_row) for camera in shown]
-        groups = [
-            [pictures[kind] for pictures in kinds if kind in pictures]
-            for kind in ("points", "boxes", "depth", "classes")
-        ]
-        if max(camera.image.shape[1] for camera in shown) * per_row <= SMALL:
-            groups = [groups[0] + groups[1], groups[2] + groups[3]]
-        rows.extend(("", group) for group in groups if group)
+    rows = _rig_rows(frame, max_depth) if len(frame.cameras) > 2 else _camera_rows(frame, max_depth)
     above = [("from above, coloured by height; grid 10 m, x up, y to the left", bird_eye(frame.points, frame.boxes))]
     if "intensity" in frame.point_columns:
         values = frame.points[:, frame.point_columns.index("intensity")].clip(0, 1)
         colours = colour_scale(np.sqrt(values), -0.25, 1, "inferno")
         above.append(("coloured by intensity (square root)", bird_eye(frame.points, frame.boxes, colours=colours)))
-    rows.append(("", above))
-    title = f"Frame {facts.frame}: {facts.points} points; share of them in the image: {facts.in_image}"
-    return page([(title, rows[0][1]), *rows[1:]])
+    rows.append(above)
+    title = f"Frame {facts.frame}: {facts.points} points"
+    if len(frame.cameras) < 3:  # more cameras say it over their own images
+        title += f"; share of them in the image: {', '.join(facts.in_image.splitlines())}"
+    if facts.camera_time != "unknown":
+        title += f"; cameras at {facts.camera_time} of the scan's time stamp"
+    return page([(title, rows[0]), *(("", row) for row in rows[1:])])
+
+
+def _camera_rows(frame: Frame, max_depth: float) -> list[list[tuple[str, Picture]]]:
+    """Rows of a page for one or two cameras: each kind of picture as large as it gets."""
+    rows = []
+    for camera in frame.cameras:
+        pictures = _camera_pictures(camera, frame, max_depth, 1750)
+        groups = [[picture] for picture in pictures.values()]
+        if camera.image.shape[1] <= SMALL and len(groups) > 1:
+            groups = [[*chain.from_iterable(groups[:2])], [*chain.from_iterable(groups[2:])]]
+        rows.extend(group for group in groups if group)
+    return rows
+
+
+def _rig_rows(frame: Frame, max_depth: float) -> list[list[tuple[str, Picture]]]:
+    """Rows of a page for many cameras: one picture of all of them for points and boxes, one for each ground truth map."""
+    names = []
+    for camera in frame.cameras:
+        offset = _time_offset(camera, frame)
+        when = "" if offset is None else f", {offset * 1e3:+.0f} ms"
+        names.append(f"{camera.name}: {_share_seen(camera, frame):.1%} of the points{when}")
+    caption = f"points, red near, blue at {max_depth:.0f} m and beyond"
+    caption += "" if frame.boxes is None else "; boxes, front crossed"
+    kinds = [(caption, [_points_and_boxes(camera, frame, max_depth) for camera in frame.cameras])]
+    if all(camera.depth is not None for camera in frame.cameras):
+        maps = [depth_as_colours(camera.depth, max_depth) for camera in frame.cameras]
+        kinds.append(("depth, same colours", maps))
+    if all(camera.pixel_class is not None for camera in frame.cameras):
+        kinds.append(("classes", [class_as_colours(camera.pixel_class) for camera in frame.cameras]))
+    return [[(caption, mosaic(pictures, names)[0])] for caption, pictures in kinds]
+
+
+def _points_and_boxes(camera: Camera, frame: Frame, max_depth: float) -> Picture:
+    """Both on one image, which is enlarged if it is small."""
+    image = enlarge(camera.image, fitting_scale(camera.image, 580))
+    matrix = resize_matrix(camera.image.shape[:2], image.shape[:2]).numpy() @ camera.image_from_camera
+    large = replace(camera, image=image, image_from_camera=matrix)
+    width = image.shape[1] / 400  # the page shows a third of it or less
+    picture = overlay_points(large, frame.points, max_depth=max_depth, radius=max(1.0, width))
+    return picture if frame.boxes is None else draw_boxes(large, frame.boxes, image=picture, width=max(1.5, width))
 
 
 def _camera_pictures(camera: Camera, frame: Frame, max_depth: float, width: int) -> dict[str, tuple[str, Picture]]:
@@ -165,23 +217,34 @@ def views_page(batch: Batch) -> Picture:
     """A page for the first frame of a batch: both point views with matches, and its images with both views' points."""
     first, second = batch.views
     xyz_a, xyz_b, pairs, distance = match_nearest(first, second)
-    own = [view.points[view.batch_index == 0].numpy() for view in (first, second)]
+    points = [view.points[view.batch_index == 0].numpy() for view in (first, second)]
     shared = np.isin(first.source_index[first.batch_index == 0], second.source_index[second.batch_index == 0]).mean()
     poses = (first.augmented_from_lidar[0].numpy(), second.augmented_from_lidar[0].numpy())
-    matches = draw_matches(xyz_a, xyz_b, pairs, distance, points_a=own[0], points_b=own[1], poses=poses)
-    caption = (
-        f"first view left ({len(own[0])} points), second right ({len(own[1])}); nearest partner in the lidar frame"
-    )
+    matches = draw_matches(xyz_a, xyz_b, pairs, distance, points_a=points[0], points_b=points[1], poses=poses)
+    caption = f"first view left ({len(points[0])} points), second right ({len(points[1])}); nearest partner in the lidar frame"
     rows = [(f"Frame {batch.frame_ids[0]}: two views, {shared:.0%} of the points in both", [(caption, matches)])]
-    for image in torch.nonzero(batch.images.batch_index == 0).flatten().tolist():
-        width = int(batch.images.image_size[image, 1])
-        scale = max(1, 850 // width)
-        pictures = [
-            (
-                f"augmented image {image}, points of the {name} view",
-                overlay_view(view, batch.images, image, scale=scale),
-            )
-            for name, view in (("first", first), ("second", second))
-        ]
-        rows.append(("", pictures))
+    own = torch.nonzero(batch.images.batch_index == 0).flatten().tolist()
+    for group in [own] if len(own) > 2 else [[image] for image in own]:
+        names = [batch.images.camera_names[image] for image in group]
+        pictures = []
+        for name, view in (("first", first), ("second", second)):
+            scales = [max(1, 850 // int(batch.images.image_size[image, 1])) for image in group]
+            drawn = [overlay_view(view, batch.images, image, scale=min(scales)) for image in group]
+            pictures.append((f"augmented {', '.join(names)}: points of the {name} view", mosaic(drawn, names)[0]))
+        rows.extend([("", [picture]) for picture in pictures] if len(group) > 1 else [("", pictures)])
     return page(rows)
+
+
+def write_pages(folder: Path, frame: Frame, batch: Batch) -> FrameFacts:
+    """Write `<frame id>-frame.png` and `<frame id>-views.png`; returns the frame's row of the table.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    name = frame.frame_id.replace("/", "_")
+    try:
+        save_png(folder / f"{name}-frame.png", frame_page(frame))
+        save_png(folder / f"{name}-views.png", views_page(batch))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error}; name another folder with --out") from error
+    return frame_facts(frame)

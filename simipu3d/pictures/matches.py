@@ -130,6 +130,7 @@ def draw_image_matches(
     pixels: NDArray[np.floating],
     xyz: NDArray[np.floating],
     *,
+    ids: NDArray[np.integer] | None = None,
     points: NDArray[np.floating] | None = None,
     scale: int = 1,
     max_tokens: int = 48,
@@ -138,9 +139,10 @@ def draw_image_matches(
     """Tokens on an image, and above it the same tokens from above, partners in the same colour and joined by a line.
 
     Args:
-        image: (H, W, 3), the (augmented) image.
+        image: (H, W, 3), the (augmented) image, or several of them in one (`mosaic`).
         pixels: (M, 2) of every token in it; only visible tokens may be given. M may be 0.
         xyz: (M, 3) of the same tokens in the frame of their view, metres.
+        ids: (M,) whole numbers, equal for one token in several images, which then has one colour; None: all differ.
         points: (N, 3 + F) all points of the view, drawn grey; None: the tokens only.
         scale: the image is enlarged this many times first.
         max_tokens: this many tokens are drawn, evenly spread over the image from left to right; those outside the part
@@ -164,7 +166,7 @@ def draw_image_matches(
     shown = np.flatnonzero(inside_extent(xyz, extent))
     shown = shown[np.argsort(pixels[shown, 0], kind="stable")]
     shown = shown[np.linspace(0, len(shown) - 1, min(max_tokens, len(shown))).round().astype(np.int64)]
-    colours = id_colours(np.arange(len(shown)))
+    colours = id_colours(np.arange(len(shown)) if ids is None else np.unique(ids[shown], return_inverse=True)[1])
     start = ground_pixels(xyz[shown, :2], extent, zoom) + np.array([left, 0])
     end = enlarged_pixels(pixels[shown], scale) + np.array([0, above.shape[0] + GAP])
     picture = draw_lines(picture, np.stack([start, end], axis=1), colours // 2 + 40, 1.0)

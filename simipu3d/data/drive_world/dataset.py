@@ -263,6 +263,7 @@ class DriveWorld:
                 image=arrays[f"{name}.image"],
                 image_from_camera=self._image_from_camera.copy(),
                 camera_from_lidar=arrays[f"{name}.camera_from_lidar"],
+                timestamp=self._time(index),
                 depth=arrays[f"{name}.depth"],
                 pixel_class=arrays[f"{name}.pixel_class"],
                 pixel_instance=arrays[f"{name}.pixel_instance"].astype(np.int32),

@@ -49,9 +49,14 @@ def read_float_rows(path: Path, num_columns: int) -> NDArray[np.float32]:
     return np.frombuffer(content, dtype="<f4").astype(np.float32).reshape(-1, num_columns)
 
 
-def read_image(path: Path) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 RGB of any image file that Pillow knows, decoded completely."""
-    return decode_image(read_bytes(path), str(path))
+def read_npy(path: Path) -> NDArray:
+    """The array of a .npy file; one that holds Python objects is refused, for reading it could run code."""
+    try:
+        return np.load(io.BytesIO(read_bytes(path)), allow_pickle=False)
+    except (ValueError, EOFError, SyntaxError, TypeError, MemoryError) as error:
+        raise BadFrameError(
+            f"{path}: is no .npy file of plain numbers, or is cut short ({' '.join(str(error).split())}); {WAY_OUT}"
+        ) from error
 
 
 def decode_image(content: bytes, source: str) -> NDArray[np.uint8]:

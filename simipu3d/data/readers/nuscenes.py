@@ -161,6 +161,7 @@ class NuScenesReader:
             image_from_camera=self.frames.sensors[self.frames.sensor[record]].image_from_camera,
             camera_from_lidar=np.linalg.inv(self.frames.world_from_sensor(record)) @ world_from_lidar,
             encoded=encoded,
+            timestamp=float(self.frames.record_timestamp[record] * 1e-6),
         )
 
     def _points(self, lidar: int, lidar_from_world: NDArray[np.float64]) -> NDArray[np.float32]:

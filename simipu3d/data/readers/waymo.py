@@ -273,6 +273,7 @@ def _camera(camera: WaymoCamera, moment: WaymoMoment) -> Camera:
         image_from_camera=np.array([[f_u, 0, c_u - 0.5, 0], [0, f_v, c_v - 0.5, 0], [0, 0, 1, 0]], dtype=np.float64),
         camera_from_lidar=camera_from_lidar,
         distortion=camera.intrinsic[4:].copy(),
+        timestamp=camera.pose_timestamp,
         encoded=camera.jpeg,
     )
 

@@ -1,0 +1,232 @@
+"""What does a sequence.json of the custom layout say? Its model, and what has to hold between its parts.
+
+docs/custom_data.md explains the file by example. Frames of reference: the lidar frame is x forward, y left, z up; a camera
+frame is x right, y down, z forward (out of the lens); the world is any frame that stands still. Metres, seconds, radians;
+pixels have integer centres: (0, 0) is the centre of the top-left pixel. Matrices are lists of rows.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import AfterValidator, Field, PlainValidator, PositiveFloat, PositiveInt, model_validator
+
+from simipu3d.config import PartConfig, parse_block
+from simipu3d.errors import UserError
+
+MANUAL = "docs/custom_data.md shows the layout"
+SKEW = 1e-3
+"""How far R R^T of a rotation R may be from the identity: calibrations are printed with few digits."""
+
+
+def _numbers(value: Any, *shapes: tuple[int, ...]) -> NDArray[np.float64]:
+    """A list of numbers, or of rows of numbers, as an array of one of the shapes."""
+    wanted = " or ".join(" x ".join(map(str, shape)) for shape in shapes)
+    try:
+        array = np.array(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"must be {wanted} numbers, as a list of rows") from None
+    if array.shape not in shapes:
+        raise ValueError(f"must be {wanted} numbers, is {' x '.join(map(str, array.shape)) or 'one number'}")
+    if not np.isfinite(array).all():
+        raise ValueError("must be finite")
+    return array
+
+
+def _rigid(value: Any) -> NDArray[np.float64]:
+    """A (4, 4) rotation and shift."""
+    matrix = _numbers(value, (4, 4))
+    if not np.array_equal(matrix[3], (0, 0, 0, 1)):
+        raise ValueError(f"its last row must be [0, 0, 0, 1], is {matrix[3].tolist()}")
+    rotation = matrix[:3, :3]
+    skew = float(np.abs(rotation @ rotation.T - np.eye(3)).max())
+    if skew > SKEW:
+        raise ValueError(f"its upper left 3 x 3 must be a rotation; R R^T is {skew:.2g} off the identity")
+    if np.linalg.det(rotation) < 0:
+        raise ValueError("its upper left 3 x 3 mirrors (determinant -1); a rotation has determinant +1")
+    return matrix
+
+
+def _projection(value: Any) -> NDArray[np.float64]:
+    """(3, 4) from a (3, 3) or a (3, 4)."""
+    matrix = _numbers(value, (3, 3), (3, 4))
+    if not (matrix[0, 0] > 0 and matrix[1, 1] > 0):
+        raise ValueError(f"focal lengths must be positive, are {matrix[0, 0]:g} and {matrix[1, 1]:g}")
+    return np.column_stack([matrix, np.zeros(3)]) if matrix.shape == (3, 3) else matrix
+
+
+def _below_the_sequence(name: str) -> str:
+    path = Path(name)
+    if not name or path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"a file's path is relative to the sequence's folder and stays inside it, got {name!r}")
+    return name
+
+
+Rigid = Annotated[NDArray[np.float64], PlainValidator(_rigid)]
+Projection = Annotated[NDArray[np.float64], PlainValidator(_projection)]
+Distortion = Annotated[NDArray[np.float64], PlainValidator(lambda value: _numbers(value, (5,)))]
+File = Annotated[str, AfterValidator(_below_the_sequence)]
+Vector = tuple[float, float, float]
+
+
+class PointFormat(PartConfig):
+    """The `points` block: what a scan's file holds."""
+
+    columns: tuple[str, ...] = ("x", "y", "z", "intensity")
+    """Names of the columns, x, y and z first. A column called intensity is divided by `intensity_scale`."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Of .bin files, which are rows of little-endian numbers; a .npy file says it itself."""
+    metres_per_unit: PositiveFloat = 1.0
+    """Multiplies x, y and z of the files; 0.001 for millimetres."""
+    intensity_scale: PositiveFloat = 1.0
+    """Divides the intensity, which must then lie in [0, 1]; 255 for bytes."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "PointFormat":
+        if self.columns[:3] != ("x", "y", "z") or len(set(self.columns)) < len(self.columns):
+            raise ValueError(f"columns must begin with x, y, z and name each once, got {list(self.columns)}")
+        return self
+
+
+class CameraModel(PartConfig):
+    """An entry of `cameras`: what does not change within a sequence."""
+
+    name: str = Field(min_length=1)
+    """Which camera; frames and `data.cameras` name it so."""
+    image_size: tuple[PositiveInt, PositiveInt]
+    """Height and width of its images, pixels; other images are refused."""
+    image_from_camera: Projection
+    """3 x 3 intrinsic matrix, or 3 x 4 projection."""
+    distortion: Distortion | None = None
+    """k1, k2, p1, p2, k3 as OpenCV has them; null for undistorted images."""
+    camera_from_lidar: Rigid | None = None
+    """4 x 4. Used for every image that has no `world_from_camera` of its own; the car then counts as standing still
+    between scan and exposure."""
+
+
+class ImageModel(PartConfig):
+    """An entry of a frame's `images`; a frame may have fewer images than there are cameras."""
+
+    camera: str
+    """Name of the camera."""
+    file: File
+    """Any image file that Pillow reads, relative to the sequence's folder."""
+    timestamp: float | None = None
+    """Seconds, of the exposure."""
+    world_from_camera: Rigid | None = None
+    """4 x 4, where the camera was at the exposure. With the frame's `world_from_lidar` it takes the place of
+    `camera_from_lidar`, so that the way of the car between scan and exposure is accounted for."""
+
+
+class BoxModel(PartConfig):
+    """An entry of a frame's `boxes`. Pre-training never looks at them."""
+
+    name: str
+    """Class."""
+    center: Vector
+    """Geometric centre in the lidar frame, metres."""
+    size: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+    """Length, width, height, metres."""
+    yaw: float
+    """Counter-clockwise from +x seen from above, radians."""
+    velocity: tuple[float, float] | None = None
+    """Along x and y of the lidar frame, metres a second."""
+    num_points: int | None = Field(default=None, ge=0)
+    """Lidar points inside."""
+
+
+class FrameModel(PartConfig):
+    """An entry of `frames`."""
+
+    id: str = Field(min_length=1)
+    """Unique in the sequence."""
+    timestamp: float | None = None
+    """Seconds, of the scan (the time that its points are corrected to)."""
+    points: File
+    """The scan: .bin or .npy, relative to the sequence's folder."""
+    images: tuple[ImageModel, ...]
+    """At least one."""
+    world_from_lidar: Rigid | None = None
+    """4 x 4, where the lidar was at `timestamp`."""
+    boxes: tuple[BoxModel, ...] | None = None
+    """null where nobody labelled the frame, [] where there is nothing in it."""
+
+
+class SequenceModel(PartConfig):
+    """A whole sequence.json."""
+
+    version: Literal[1]
+    """Of the layout."""
+    points: PointFormat = PointFormat()
+    """What the scans hold."""
+    cameras: tuple[CameraModel, ...]
+    """The rig; frames say which of them have an image."""
+    frames: tuple[FrameModel, ...]
+    """In the order of time."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "SequenceModel":
+        if not self.frames:
+            raise ValueError("frames: is empty; a sequence needs a frame")
+        names = [camera.name for camera in self.cameras]
+        if len(set(names)) < len(names):
+            raise ValueError(f"cameras: two have one name: {', '.join(names)}")
+        has_static = {camera.name: camera.camera_from_lidar is not None for camera in self.cameras}
+        known: set[str] = set()
+        before: FrameModel | None = None
+        for frame in self.frames:
+            if frame.id in known:
+                raise ValueError(f"frames: two have the id {frame.id!r}")
+            known.add(frame.id)
+            _check_images(frame, has_static)
+            if (frame.timestamp is None) != (self.frames[0].timestamp is None):
+                raise ValueError(f"frames: {frame.id}: either every frame has a timestamp or none has")
+            if before is not None and frame.timestamp is not None and frame.timestamp <= before.timestamp:
+                raise ValueError(
+                    f"frames: timestamps out of order: {frame.id} at {frame.timestamp} follows {before.id} at "
+                    f"{before.timestamp}"
+                )
+            before = frame
+        return self
+
+
+def _check_images(frame: FrameModel, has_static: dict[str, bool]) -> None:
+    """Raise `ValueError` unless every image of a frame has a camera of its own, and a way from the lidar to it."""
+    names = [image.camera for image in frame.images]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"frames: {frame.id}: needs an image, and one a camera; it has {', '.join(names) or 'none'}")
+    for image in frame.images:
+        if image.camera not in has_static:
+            raise ValueError(
+                f"frames: {frame.id}: there is no camera {image.camera!r}; cameras are {', '.join(has_static) or 'none'}"
+            )
+        if image.world_from_camera is not None and frame.world_from_lidar is None:
+            raise ValueError(f"frames: {frame.id}: {image.camera} has world_from_camera, so world_from_lidar is needed")
+        if image.world_from_camera is None and not has_static[image.camera]:
+            raise ValueError(
+                f"frames: {frame.id}: {image.camera} has neither world_from_camera here nor camera_from_lidar in cameras"
+            )
+
+
+def read_sequence(path: Path) -> SequenceModel:
+    """Read and check a sequence.json.
+
+    Raises:
+        UserError: one line that names the file, the place in it and what must stand there.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: must hold one JSON object, holds {type(raw).__name__}; {MANUAL}")
+    if raw.get("version") != 1:
+        raise UserError(f"{path}: version: must be 1, is {raw.get('version')!r}; {MANUAL}")
+    try:
+        return parse_block("", SequenceModel, raw)
+    except UserError as error:
+        raise UserError(f"{path}: {str(error).removeprefix(': ')}; {MANUAL}") from error
