@@ -15,6 +15,7 @@ from simipu3d.data.drive_world.scene import build_scene
 from simipu3d.data.drive_world.waymo_drive import WaymoDrive, make_moment
 from simipu3d.data.drive_world.waymo_projection import fold_radius, image_places, project_street
 from simipu3d.data.drive_world.waymo_rig import WaymoRigSettings
+from simipu3d.data.drive_world.waymo_sweep import sweep
 from simipu3d.data.readers.waymo_moment import CAMERA_NAMES, LASER_NAMES
 from simipu3d.geometry.boxes import points_in_boxes
 from simipu3d.geometry.camera import project_points
@@ -69,7 +70,8 @@ def pixel_errors(moment, truth, laser, rng, **kwargs):
     errors = []
     for each, points in zip(laser.returns, truth.points[laser.name], strict=True):
         valid = each.image[..., 0] > 0
-        assert valid.sum() == len(points.row) and valid[points.row, points.column].all()
+        assert valid.sum() == len(points.row)
+        assert valid[points.row, points.column].all()
         for n in rng.permutation(len(points.row))[:40]:
             slow = slow_point(moment, laser, each.image, points.row[n], points.column[n], **kwargs)
             errors.append(np.linalg.norm(slow - points.vehicle_xyz[n]))
@@ -91,14 +93,15 @@ def test_without_the_pose_of_each_pixel_the_cloud_of_a_moving_vehicle_is_smeared
     assert pixel_errors(moment, truth, moment.lasers[0], np.random.default_rng(0), with_pose=False).max() < 1e-3
 
 
-def test_top_turns_clockwise_from_behind_and_its_mounting_does_not_turn_the_picture(default):
+def test_top_turns_clockwise_from_behind_and_its_mounting_does_not_one_turnthe_picture(default):
     drive, moment, truth = default
     points, width = truth.points["TOP"][0], moment.lasers[0].returns[0].image.shape[1]
     level = points.vehicle_xyz - drive.lasers["TOP"].vehicle_from_laser[:3, 3]
     far = np.hypot(level[:, 0], level[:, 1]) > 20
     heading = np.arctan2(level[:, 1], level[:, 0]) - np.pi * (1 - 2 * (points.column + 0.5) / width)
     assert np.abs(np.angle(np.exp(1j * heading)))[far].max() < 0.06
-    assert (np.diff(moment.lasers[0].inclinations) > 0).all() and np.ptp(np.diff(moment.lasers[0].inclinations)) > 1e-3
+    assert (np.diff(moment.lasers[0].inclinations) > 0).all()
+    assert np.ptp(np.diff(moment.lasers[0].inclinations)) > 1e-3
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -133,6 +136,17 @@ def test_a_point_is_where_its_beam_first_meets_the_street(fast, name):
         assert points.instance[n] == (drive.scene.instances[solid] if solid >= 0 else 0)
 
 
+def test_columns_that_share_a_list_of_solids_meet_what_each_would_meet_with_its_own(fast):
+    drive, moment, truth = fast
+    world, mount, image = drive.scene.at(truth.time), drive.lasers["TOP"], moment.lasers[0].returns[0].image
+    one_turn = sweep(world, drive.ride, mount, FAST.top_size, truth.time, 1)
+    for column in range(FAST.top_size[1]):
+        origin = np.ascontiguousarray(one_turn.place[0, column])
+        distance, _, _, _ = scan_rays(world, raycast.index_directions(world, origin), one_turn.beam[:, column])
+        distance[distance > mount.max_range] = -1
+        assert np.array_equal(distance.astype(np.float32), image[:, column, 0])
+
+
 def slow_ray(mount, u, v):
     """The ray (x out of the lens, y left, z up) that edge-based (u, v) shows, by Newton's method on the lens model."""
     place = np.array([0.0, 0.0])
@@ -148,7 +162,7 @@ def slow_ray(mount, u, v):
 
 @pytest.mark.parametrize("number", range(5))
 def test_a_pixel_shows_what_its_ray_meets_and_that_place_projects_onto_the_pixel(fast, number):
-    drive, moment, truth = fast
+    drive, _, truth = fast
     name = CAMERA_NAMES[number + 1]
     mount, picture = drive.cameras[name], truth.pictures[name]
     rng, world = np.random.default_rng(number), drive.scene.at(truth.time)
@@ -173,8 +187,10 @@ def test_the_lens_changes_the_picture_and_the_jpeg_holds_it(fast):
     straight, _ = make_moment(replace(FAST, distortion=False), 1, 4)
     for camera, other in zip(moment.cameras, straight.cameras, strict=True):
         image, plain = (np.asarray(Image.open(io.BytesIO(each.jpeg))).astype(int) for each in (camera, other))
-        assert image.shape == (*camera.size, 3) and np.abs(image - plain).mean() > 1
-        assert camera.intrinsic[4:].any() and not other.intrinsic[4:].any()
+        assert image.shape == (*camera.size, 3)
+        assert np.abs(image - plain).mean() > 1
+        assert camera.intrinsic[4:].any()
+        assert not other.intrinsic[4:].any()
     assert fold_radius(straight.cameras[0].intrinsic) == 2.0
 
 
@@ -213,12 +229,15 @@ def projection_errors(moment, truth):
 def test_without_rolling_shutter_the_pinhole_with_its_lens_finds_the_same_pixels():
     for sequence in range(2):
         errors, border = projection_errors(*make_moment(replace(SMALL, speed=12.0, rolling_shutter_s=0.0), sequence, 5))
-        assert len(errors) > 500 and errors.max() < 1e-6 and border.max(initial=0) < 1e-6
+        assert len(errors) > 500
+        assert errors.max() < 1e-6
+        assert border.max(initial=0) < 1e-6
 
 
 def test_the_default_rolling_shutter_moves_no_point_by_half_a_pixel(default, fast):
     errors, border = projection_errors(*default[1:])
-    assert 0.05 < errors.max() < 0.5 and border.max(initial=0) < 0.5
+    assert 0.05 < errors.max() < 0.5
+    assert border.max(initial=0) < 0.5
     assert projection_errors(*fast[1:])[0].max() > 2
 
 
@@ -238,7 +257,8 @@ def test_the_stored_projection_is_the_pixel_of_the_first_two_cameras(default):
     twice = 0
     for laser in moment.lasers:
         for each, points in zip(laser.returns, truth.points[laser.name], strict=True):
-            assert not each.projection[each.image[..., 0] <= 0].any() and each.projection.dtype == np.int32
+            assert not each.projection[each.image[..., 0] <= 0].any()
+            assert each.projection.dtype == np.int32
             stored = each.projection[points.row, points.column]
             for n in range(0, len(points.row), 7):
                 seen = np.flatnonzero(~np.isnan(points.pixels[n, :, 0]))[:2]
@@ -249,9 +269,10 @@ def test_the_stored_projection_is_the_pixel_of_the_first_two_cameras(default):
 
 
 def test_boxes_and_labels_hold_the_points_of_their_object(default, fast):
-    for drive, moment, truth in (default, fast):
+    for _, moment, truth in (default, fast):
         boxes = moment.boxes
-        assert len(boxes) > 3 and len(set(truth.object_ids)) == len(boxes)
+        assert len(boxes) > 3
+        assert len(set(truth.object_ids)) == len(boxes)
         for k, instance in enumerate(truth.instance):
             box = boxes.center[[k]], boxes.size[[k]] + 1e-6, boxes.yaw[[k]]
             inside = 0
@@ -260,7 +281,7 @@ def test_boxes_and_labels_hold_the_points_of_their_object(default, fast):
                 assert points_in_boxes(own, *box).all()
                 inside += sum(points_in_boxes(each.vehicle_xyz, *box).sum() for each in returns)
             assert inside == boxes.num_points[k] > 0
-        for index, camera in enumerate(moment.cameras):
+        for camera in moment.cameras:
             labelled = list(truth.pictures[camera.name].labelled)
             points = truth.points["TOP"][0]
             pixels = static_pixels(moment, camera, points.vehicle_xyz)
@@ -279,7 +300,9 @@ def test_second_returns_are_few_and_lie_behind_the_first_on_the_same_beam(defaul
     for laser in moment.lasers:
         first, second = (each.image[..., 0] for each in laser.returns)
         both = second > 0
-        assert both.mean() < 0.1 and (first[both] > 0).all() and (second[both] > first[both] + 0.49).all()
+        assert both.mean() < 0.1
+        assert (first[both] > 0).all()
+        assert (second[both] > first[both] + 0.49).all()
     assert len(truth.points["TOP"][1].row) > 50
 
 
@@ -290,10 +313,13 @@ def test_intensity_is_unbounded_and_a_piece_of_the_street_is_not_labelled():
         for laser in moment.lasers:
             image = laser.returns[0].image
             valid = image[..., 0] > 0
-            assert (image[~valid] == -1).all() and (image[valid][:, 1:3] >= 0).all() and np.isfinite(image).all()
+            assert (image[~valid] == -1).all()
+            assert (image[valid][:, 1:3] >= 0).all()
+            assert np.isfinite(image).all()
             flags |= set(np.unique(image[valid][:, 3]))
             brightest = max(brightest, float(image[valid][:, 1].max()))
-    assert flags == {-1.0, 1.0} and brightest > 1e3
+    assert flags == {-1.0, 1.0}
+    assert brightest > 1e3
 
 
 def flat(moment, truth):
@@ -318,7 +344,8 @@ def test_a_moment_depends_on_its_numbers_alone():
     assert all(np.array_equal(later[name], again[name], equal_nan=True) for name in later)
     assert not np.array_equal(first["TOP0"], later["TOP0"])
     other, _ = make_moment(replace(SMALL, seed=1), 2, 5)
-    assert other.segment != drive.segment and not np.array_equal(other.lasers[0].returns[0].image, later["TOP0"])
+    assert other.segment != drive.segment
+    assert not np.array_equal(other.lasers[0].returns[0].image, later["TOP0"])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from simipu3d.contracts.frame import Boxes
-from simipu3d.data.drive_world.raycast import World, index_directions, index_shadows
+from simipu3d.data.drive_world.raycast import Shadows, World, index_directions, index_shadows
 from simipu3d.data.drive_world.render import develop, photograph
 from simipu3d.data.drive_world.scene import build_scene
 from simipu3d.data.drive_world.waymo_boxes import actor_boxes, picture_labels
@@ -221,7 +221,7 @@ class WaymoDrive:
         return taken
 
     def _photograph(
-        self, world: World, shadows, mount: CameraMount, middle: float
+        self, world: World, shadows: Shadows, mount: CameraMount, middle: float
     ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int32]]:
         """Colour, depth and solid of one image, every column from where the vehicle stands when it is exposed."""
         width = mount.size[1]

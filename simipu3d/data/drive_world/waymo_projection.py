@@ -14,7 +14,7 @@ from simipu3d.data.drive_world.waymo_rig import CameraMount, Ride
 def fold_radius(intrinsic: NDArray[np.float64]) -> float:
     """Distance from the axis, in normalised coordinates, up to which a lens' picture grows; 2 where it grows farther."""
     k1, k2, _, _, k3 = intrinsic[4:]
-    radius = np.linspace(0.0, 2.0, 20001)
+    radius = np.linspace(0.0, 2.0, 2001)
     grows = np.diff(radius * (1 + k1 * radius**2 + k2 * radius**4 + k3 * radius**6)) > 0
     return 2.0 if grows.all() else float(radius[grows.argmin()])
 

@@ -6,6 +6,7 @@ y left, z up. Angles are radians, R = Rz(yaw) Ry(pitch) Rx(roll). Seconds count 
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.random import Generator
@@ -18,7 +19,7 @@ SWEEP = 0.1
 """Seconds that TOP takes for one turn, and between two moments: 10 Hz."""
 
 VEHICLE_BEHIND_LIDAR = 1.2
-"""Metres from drive_world's lidar, above the middle of a car's front half, back to the rear axle."""
+"""Metres from the place that a scene gives its ego vehicle (drive_world's own lidar) back to the rear axle."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class WaymoRigSettings:
             raise ValueError(f"speed must lie in 0..30, rolling_shutter_s in 0..{SWEEP / 2}; got {self}")
 
     @classmethod
-    def full_size(cls, **changes) -> "WaymoRigSettings":
-        """Waymo's resolution and read-out time."""
+    def full_size(cls, **changes: Any) -> "WaymoRigSettings":
+        """Waymo's resolution and read-out time; `changes` as to the class itself."""
         sizes = {"image_width": 1920, "top_size": (64, 2650), "side_size": (200, 600), "rolling_shutter_s": 0.044}
         return cls(**{**sizes, **changes})
 
