@@ -11,9 +11,9 @@ frame (centre, yaw) and half sizes; its kind says what they bound:
     FOLIAGE   the shell of an ellipsoid with holes: a cell of `HOLE_SIZE` metres of it is there or not, by `LEAF_COVER`
     RING      flat ring in the plane y = 0 between the radii hz and hx (a bicycle's wheel); hy is unused
 
-Rays of one sensor share their origin, so solids are listed by direction (`index_directions`), nearest first; shadow
-rays share their direction, so solids are listed by where their shadow falls (`index_shadows`). Both only spare work:
-the answer is that of trying every solid.
+Rays of one sensor share their origin, or nearly so while the vehicle drives on, so solids are listed by direction
+(`index_directions`), nearest first; shadow rays share their direction, so solids are listed by where their shadow falls
+(`index_shadows`). Both only spare work: the answer is that of trying every solid.
 """
 
 import math
@@ -103,9 +103,13 @@ def _corners(shape: NDArray, bounds: NDArray) -> NDArray[np.float64]:
     return turned + shape[:, None, :2]
 
 
-def index_directions(world: World, origin: NDArray[np.float64]) -> Directions:
-    """List the solids of `world` by azimuth and elevation as seen from `origin` (3,)."""
-    bounds = half_bounds(world.kind, world.shape)
+def index_directions(world: World, origin: NDArray[np.float64], slack: float = 0.0) -> Directions:
+    """List the solids of `world` by azimuth and elevation as seen from `origin` (3,).
+
+    The list holds for every origin within `slack` metres of it: seen from there, a solid fills no more than one that is
+    larger by `slack` on all sides fills as seen from `origin`.
+    """
+    bounds = half_bounds(world.kind, world.shape) + slack
     offset = origin[:2] - world.shape[:, :2]
     cos, sin = world.shape[:, 3], world.shape[:, 4]
     local = np.abs(np.stack([offset[:, 0] * cos + offset[:, 1] * sin, offset[:, 1] * cos - offset[:, 0] * sin], axis=1))

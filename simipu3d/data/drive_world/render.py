@@ -1,6 +1,7 @@
 """What does a camera see of the street, and how far away is it?
 
-Pinhole, integer-centre pixels. Depth, class and solid of a pixel belong to the ray through its centre, exactly; its
+Pinhole, or a lens with OpenCV's distortion; integer-centre pixels. All columns are exposed at once, or each from a
+pose of its own (a rolling shutter). Depth, class and solid of a pixel belong to the ray through its centre, exactly; its
 colour is the mean of several rays where an outline or a shadow's edge passes, and one ray's elsewhere. Colours are
 linear light until `develop`.
 """
@@ -129,7 +130,13 @@ def _look_along(world, directions, shadows, light, dx, dy, dz, angle):
 
 
 @inner
-def _render(world, directions, shadows, light, rotation, focal, centre, size, samples):
+def _from(directions, origin):
+    """The same list of solids for a ray that leaves from another origin nearby."""
+    return Directions(origin, directions.near, directions.starts, directions.items)
+
+
+@inner
+def _render(world, directions, shadows, light, rotations, origins, focal, centre, distortion, size, samples):
     """Colour (H, W, 3), depth (H, W), class (H, W) and solid (H, W) of every pixel; see `photograph`."""
     height, width = size
     angle = 1.0 / focal
@@ -140,9 +147,11 @@ def _render(world, directions, shadows, light, rotation, focal, centre, size, sa
     outline = np.empty((height, width), dtype=np.int32)
     for v in range(height):
         for u in range(width):
-            dx, dy, dz, scale = _ray(rotation, (u - centre[0]) / focal, (v - centre[1]) / focal)
+            own = _from(directions, origins[u])
+            x, y = (u - centre[0]) / focal, (v - centre[1]) / focal
+            dx, dy, dz, scale = _ray(rotations[u], distortion, x, y)
             red, green, blue, distance, solid, face, shadowed = _look_along(
-                world, directions, shadows, light, dx, dy, dz, angle * scale
+                world, own, shadows, light, dx, dy, dz, angle * scale
             )
             colour[v, u, 0], colour[v, u, 1], colour[v, u, 2] = red, green, blue
             met[v, u] = solid
@@ -151,18 +160,36 @@ def _render(world, directions, shadows, light, rotation, focal, centre, size, sa
                 label[v, u] = SKY
             else:
                 depth[v, u] = distance * scale
-                x, y = directions.origin[0] + distance * dx, directions.origin[1] + distance * dy
+                x, y = own.origin[0] + distance * dx, own.origin[1] + distance * dy
                 label[v, u] = label_of(world, solid, x, y)
     for v in range(height):
         for u in range(width):
             if samples > 1 and _on_outline(outline, v, u):
-                _refine(world, directions, shadows, light, rotation, focal, centre, samples, u, v, colour)
+                own = _from(directions, origins[u])
+                _refine(world, own, shadows, light, rotations[u], focal, centre, distortion, samples, u, v, colour)
     return colour, depth, label, met
 
 
 @inner
-def _ray(rotation, x, y):
-    """Unit vector in the street of the camera ray (x, y, 1), and the cosine to the optical axis."""
+def _straighten(distortion, x, y):
+    """Undo the lens: the normalised coordinates x / z, y / z whose distorted image is (x, y), by fixed-point steps."""
+    k1, k2, p1, p2, k3 = distortion
+    if k1 == 0.0 and k2 == 0.0 and p1 == 0.0 and p2 == 0.0 and k3 == 0.0:
+        return x, y
+    a, b = x, y
+    for _ in range(20):
+        r2 = a * a + b * b
+        radial = 1.0 + r2 * (k1 + r2 * (k2 + r2 * k3))
+        aside = 2.0 * p1 * a * b + p2 * (r2 + 2.0 * a * a)
+        down = p1 * (r2 + 2.0 * b * b) + 2.0 * p2 * a * b
+        a, b = (x - aside) / radial, (y - down) / radial
+    return a, b
+
+
+@inner
+def _ray(rotation, distortion, x, y):
+    """Unit vector in the street of the camera ray that the lens images at (x, y, 1), and the cosine to its axis."""
+    x, y = _straighten(distortion, x, y)
     scale = 1.0 / math.sqrt(x * x + y * y + 1.0)
     dx = (rotation[0, 0] * x + rotation[0, 1] * y + rotation[0, 2]) * scale
     dy = (rotation[1, 0] * x + rotation[1, 1] * y + rotation[1, 2]) * scale
@@ -184,14 +211,14 @@ def _on_outline(outline, v, u):
 
 
 @inner
-def _refine(world, directions, shadows, light, rotation, focal, centre, samples, u, v, colour):
+def _refine(world, directions, shadows, light, rotation, focal, centre, distortion, samples, u, v, colour):
     """Replace a pixel's colour by the mean of samples x samples rays spread over it."""
     red, green, blue = 0.0, 0.0, 0.0
     for j in range(samples):
         for i in range(samples):
             x = u + (i + 0.5) / samples - 0.5
             y = v + (j + 0.5) / samples - 0.5
-            dx, dy, dz, scale = _ray(rotation, (x - centre[0]) / focal, (y - centre[1]) / focal)
+            dx, dy, dz, scale = _ray(rotation, distortion, (x - centre[0]) / focal, (y - centre[1]) / focal)
             angle = scale / (focal * samples)
             r, g, b, _, _, _, _ = _look_along(world, directions, shadows, light, dx, dy, dz, angle)
             red, green, blue = red + r, green + g, blue + b
@@ -200,7 +227,7 @@ def _refine(world, directions, shadows, light, rotation, focal, centre, samples,
 
 
 @inner
-def _scan(world, directions, rays):
+def _scan(world, directions, origins, rays):
     """See `scan_rays`."""
     count = len(rays)
     distance = np.full(count, np.inf)
@@ -209,10 +236,11 @@ def _scan(world, directions, rays):
     surface = np.zeros((count, 3))
     for n in range(count):
         dx, dy, dz = rays[n, 0], rays[n, 1], rays[n, 2]
-        t, item, face = trace(world, directions, dx, dy, dz)
+        own = _from(directions, origins[n])
+        t, item, face = trace(world, own, dx, dy, dz)
         if item == NOTHING:
             continue
-        x, y, z = directions.origin[0] + t * dx, directions.origin[1] + t * dy, directions.origin[2] + t * dz
+        x, y, z = own.origin[0] + t * dx, own.origin[1] + t * dy, own.origin[2] + t * dz
         _, _, _, reflectivity, gloss, nx, ny, nz = surface_at(world, item, face, x, y, z, t, dx, dy, dz, 1e-3)
         distance[n], solid[n], label[n] = t, item, label_of(world, item, x, y)
         surface[n, 0], surface[n, 1], surface[n, 2] = reflectivity, gloss, abs(nx * dx + ny * dy + nz * dz)
@@ -227,14 +255,14 @@ def _entry_points(sources: int):
     """
 
     @njit(cache=True, nogil=True)
-    def render(world, directions, shadows, light, rotation, focal, centre, size, samples):
+    def render(world, directions, shadows, light, rotations, origins, focal, centre, distortion, size, samples):
         assert sources >= 0
-        return _render(world, directions, shadows, light, rotation, focal, centre, size, samples)
+        return _render(world, directions, shadows, light, rotations, origins, focal, centre, distortion, size, samples)
 
     @njit(cache=True, nogil=True)
-    def scan(world, directions, rays):
+    def scan(world, directions, origins, rays):
         assert sources >= 0
-        return _scan(world, directions, rays)
+        return _scan(world, directions, origins, rays)
 
     return render, scan
 
@@ -245,15 +273,20 @@ _render_compiled, _scan_compiled = _entry_points(
 
 
 def scan_rays(
-    world: World, directions: Directions, rays: NDArray[np.float64]
+    world: World, directions: Directions, rays: NDArray[np.float64], origins: NDArray[np.float64] | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.int32], NDArray[np.uint8], NDArray[np.float64]]:
     """Follow N lidar rays (N, 3), unit vectors in the street.
+
+    Args:
+        origins: (N, 3) where each ray leaves, within the slack of `directions`; None: all from its origin.
 
     Returns:
         distance (N,) metres, infinite where nothing is met; solid (N,); class (N,); and (N, 3): reflectivity, gloss and
         the cosine between the ray and the surface's normal.
     """
-    return _scan_compiled(world, directions, rays)
+    if origins is None:
+        origins = np.broadcast_to(directions.origin, rays.shape)
+    return _scan_compiled(world, directions, np.ascontiguousarray(origins), np.ascontiguousarray(rays))
 
 
 def photograph(
@@ -265,23 +298,40 @@ def photograph(
     image_from_camera: NDArray[np.float64],
     size: tuple[int, int],
     samples: int,
+    *,
+    origins: NDArray[np.float64] | None = None,
+    distortion: NDArray[np.float64] | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.uint8], NDArray[np.int32]]:
-    """One pinhole picture of the world.
+    """One picture of the world.
 
     Args:
         directions: the solids as seen from the camera's centre.
-        street_from_camera: (3, 3) rotation; the camera's x right, y down, z forward.
+        street_from_camera: rotation, (3, 3), or (W, 3, 3), one a column; the camera's x right, y down, z forward.
         image_from_camera: (3, 3) with one focal length and no skew.
         size: height, width in pixels.
         samples: an outline's pixel is the mean of samples x samples rays.
+        origins: (W, 3) the camera's centre while each column is exposed, within the slack of `directions`; None: always
+            its origin.
+        distortion: (5,) k1, k2, p1, p2, k3 of the lens, growing with the radius all over the image; None: a pinhole.
 
     Returns:
         colour (H, W, 3) linear, depth (H, W) metres along the optical axis (0 for sky), class (H, W), solid (H, W) or
         GROUND, NOTHING.
     """
-    centre = image_from_camera[:2, 2].copy()
-    rotation = np.ascontiguousarray(street_from_camera)
-    return _render_compiled(world, directions, shadows, light, rotation, image_from_camera[0, 0], centre, size, samples)
+    width = size[1]
+    return _render_compiled(
+        world,
+        directions,
+        shadows,
+        light,
+        np.ascontiguousarray(np.broadcast_to(street_from_camera, (width, 3, 3))),
+        np.ascontiguousarray(np.broadcast_to(directions.origin if origins is None else origins, (width, 3))),
+        image_from_camera[0, 0],
+        image_from_camera[:2, 2].copy(),
+        np.zeros(5) if distortion is None else np.asarray(distortion, dtype=np.float64),
+        size,
+        samples,
+    )
 
 
 def develop(

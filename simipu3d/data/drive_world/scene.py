@@ -68,9 +68,10 @@ class Scene:
         return self.world._replace(shape=shape)
 
 
-def build_scene(rng: Generator, duration: float) -> Scene:
-    """Lay out a street for a drive of `duration` seconds."""
+def build_scene(rng: Generator, duration: float, ego_speed: float | None = None) -> Scene:
+    """Lay out a street for a drive of `duration` seconds; the ego vehicle's speed (m/s) is drawn where it is None."""
     speed = float(rng.uniform(3.0, 13.0)) if rng.random() < 0.85 else 0.0
+    speed = speed if ego_speed is None else ego_speed
     street = draw_street(rng, speed * duration)
     lane = int(rng.integers(street.lanes))
     ego = _draw_ego(rng, speed, -(lane + 0.5) * street.lane)
