@@ -1,7 +1,7 @@
 """How are drive_world's moments written in Waymo's own file formats?
 
 Version 2: a folder a component, in it a parquet file a segment, one row group a moment (one in all where a component has
-no time). Names and types of the columns are those of the official files.
+no time). Names and types of the columns are those of the official files. Version 1: a file of records a segment.
 """
 
 import os
@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from simipu3d.data.drive_world.waymo_drive import WaymoTruth
+from simipu3d.data.drive_world.waymo_record import moment_to_record
+from simipu3d.data.readers.tfrecord import write_records
 from simipu3d.data.readers.waymo_moment import CAMERA_NAMES, LASER_NAMES, OBJECT_NAMES, WaymoMoment
 
 Row = dict[str, Any]
@@ -166,6 +168,18 @@ def write_waymo_v2(folder: Path, segments: Mapping[str, Iterable[Pair]]) -> None
                 count += 1
             if not count:
                 raise ValueError(f"segment {segment!r} has no moments")
+
+
+def write_waymo_v1(folder: Path, segments: Mapping[str, Iterable[Pair]]) -> None:
+    """Write segments as Waymo v1 files, segment-<name>_with_camera_labels.tfrecord; arguments and errors as
+    `write_waymo_v2`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for segment, pairs in segments.items():
+        moments = [moment for moment, _ in pairs]
+        if not moments:
+            raise ValueError(f"segment {segment!r} has no moments")
+        records = (moment_to_record(moment) for moment in moments)
+        write_records(folder / f"segment-{segment}_with_camera_labels.tfrecord", records)
 
 
 @contextmanager

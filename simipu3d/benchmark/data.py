@@ -1,0 +1,120 @@
+"""Readers and shards on one core: speed, where the time goes, memory.
+
+Every row has a process of its own (one thread, files in the page cache after a first pass); the rounds go from row to row,
+so that what else the machine does falls on all of them, and a figure is the median of its rounds. `decode` is the time to
+decode the frame's image files once more from memory, `geometry` the rest of the reader's time (reading, calibration,
+points), `augment` what the training draw adds. `growth` is what resident memory gained from the middle to the end of
+all frames read, `peak` the most it held beyond what the process held before it opened the data set.
+"""
+
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simipu3d.benchmark.made_data import Case, write_made_data
+from simipu3d.config import parse_part
+from simipu3d.contracts.frame import Frame
+from simipu3d.data.augment import augment_frame
+from simipu3d.data.module import build_reader
+from simipu3d.data.order import sample_seeds
+from simipu3d.data.readers.files import decode_image
+from simipu3d.registry import READERS
+
+
+def decode_again(frame: Frame) -> float:
+    """Seconds to decode the frame's image files from memory; 0 where it has none."""
+    start = time.perf_counter()
+    for camera in frame.cameras:
+        if camera.encoded is not None:
+            decode_image(camera.encoded, camera.name)
+    return time.perf_counter() - start
+
+
+def megabytes(what: str) -> float:
+    """A figure of this process's memory: VmRSS, what it holds now, or VmHWM, the most it held."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{what}:")) * 1024 / 1e6
+
+
+def serve(pipe: Connection, data: str) -> None:
+    """A row's process: for every number received, read that many frames and send seconds a frame as (read, decode,
+    augment, megabytes); 0 ends it."""
+    torch.set_num_threads(1)
+    Path("/proc/self/clear_refs").write_text("5")  # the most it held is counted from here on
+    before = megabytes("VmRSS")
+    config = parse_part("data", READERS, json.loads(data))
+    reader = build_reader(config)
+    reader.prepare()
+    index = 0
+    while number := pipe.recv():
+        spent = [0.0, 0.0, 0.0]
+        for _ in range(number):
+            start = time.perf_counter()
+            frame = reader[index % len(reader)]
+            read = time.perf_counter()
+            augment_frame(frame, config.augment, sample_seeds(0, 0, index))
+            spent[2] += time.perf_counter() - read
+            spent[0] += read - start
+            spent[1] += decode_again(frame)
+            index += 1
+        pipe.send((*(seconds / number for seconds in spent), megabytes("VmRSS")))
+    pipe.send(megabytes("VmHWM") - before)
+
+
+def time_cases(cases: list[Case], rounds: int, frames: int) -> list[dict[str, Any]]:
+    """Rows of the table; `rounds` x `frames` frames are read of every case, the first round only warms up."""
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    for case in cases:
+        pipes[case.name], theirs = context.Pipe()
+        context.Process(target=serve, args=(theirs, json.dumps(case.data)), daemon=True).start()
+        theirs.close()
+    answers: dict[str, list[tuple[float, float, float, float]]] = {case.name: [] for case in cases}
+    for _ in range(rounds + 1):
+        for case in cases:
+            pipes[case.name].send(frames)
+            answers[case.name].append(pipes[case.name].recv())
+    medians = {
+        name: [statistics.median(column) for column in zip(*own[1:], strict=True)] for name, own in answers.items()
+    }
+    rows = []
+    for case in cases:
+        pipes[case.name].send(0)
+        peak = pipes[case.name].recv()
+        read, decode, augment, _ = medians[case.name]
+        half = answers[case.name][len(answers[case.name]) // 2][3]
+        faster = "" if case.against is None else f"{medians[case.against][0] / read:.2f} x {case.against}"
+        rows.append(
+            {
+                "case": case.name,
+                "frames_per_s": 1 / read,
+                "read_ms": 1e3 * read,
+                "decode_ms": 1e3 * decode,
+                "geometry_ms": 1e3 * (read - decode),
+                "augment_ms": 1e3 * augment,
+                "reading_speed": faster,
+                "frames_read": (rounds + 1) * frames,
+                "peak_MB": peak,
+                "growth_MB": answers[case.name][-1][3] - half,
+            }
+        )
+    return rows
+
+
+def measure(samples: Path | None, quick: bool) -> list[dict[str, Any]]:
+    """All rows: made data always, the real samples where there are some.
+
+    Args:
+        samples: folder with kitti/ and nuscenes/ in their official layouts, or None.
+        quick: two short rounds of small frames; only shows that everything runs.
+    """
+    with tempfile.TemporaryDirectory(prefix="simipu3d-benchmark-") as folder:
+        cases = write_made_data(Path(folder), samples, quick)
+        return time_cases(cases, rounds=2 if quick else 20, frames=2 if quick else 50)
