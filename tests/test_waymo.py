@@ -784,3 +784,16 @@ def test_the_real_frame_is_what_is_known_of_it(real):
     assert along.min() > 0.99, "objects move where they head"
     with pytest.raises(UserError, match="no such file; 1 of 2 segments"):
         open_waymo(reader.config.root, lasers=[])
+
+
+def test_a_download_without_range_images_can_be_looked_at(samples, tmp_path, capsys):
+    """The real sample has none: boxes in five images, no points, and no page of views."""
+    from simipu3d.tools import inspect_data
+
+    (tmp_path / "list.txt").write_text("1024360143612057520_3580_000_3600_000\n")
+    (tmp_path / "look.yaml").write_text(
+        f"data: {{name: waymo, root: {samples / 'waymo_v2'}, split: all, split_file: {tmp_path / 'list.txt'}, lasers: []}}"
+    )
+    assert inspect_data.main(["--cfg", str(tmp_path / "look.yaml"), "--out", str(tmp_path / "out")]) == 0
+    assert [path.name.rpartition("-")[2] for path in (tmp_path / "out").iterdir()] == ["frame.png"]
+    assert "75" in capsys.readouterr().out

@@ -1,6 +1,6 @@
 """`python tools/inspect_data.py --cfg FILE`: what does a configuration read? Pages to look at, or a check of every frame.
 
-Only the `data:` block is read. For each frame two pages are written: the frame as it was read (projected points and
+Only the `data:` block is read. Of each frame two pages are written: the frame as it was read (projected points and
 boxes in all cameras, the scan from above) and what augmentation makes of it (two views with matches, the augmented images
 with their points). `--check N` draws nothing and tells every problem that it finds in N frames.
 """
@@ -35,15 +35,17 @@ def inspect(args: argparse.Namespace) -> None:
     for index in spread_indices(args.num, len(reader)):
         try:
             frame = reader[index]
-            module.check_seen(frame)
+            if len(frame.points):  # none where a reader is told to read images and boxes alone
+                module.check_seen(frame)
         except BadFrameError as error:
             if config.on_bad_frame == "raise":
                 raise
             print(f"skipped: {error}", file=sys.stderr)
             continue
-        facts.append(write_pages(out, frame, module.example_batch(reader, frame, config, index)))
+        batch = module.example_batch(reader, frame, config, index) if len(frame.points) else None
+        facts.append(write_pages(out, frame, batch))
     print_table(FrameFacts._fields, facts, title)
-    print(f"{2 * len(facts)} pages in {out}")
+    print(f"pages of {len(facts)} frames in {out}")
 
 
 def check(reader: module.FrameReader, number: int, num_workers: int, title: str) -> None:
@@ -61,7 +63,7 @@ def check(reader: module.FrameReader, number: int, num_workers: int, title: str)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, build, run."""
+    """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="inspect_data", description=__doc__.partition("\n")[0])
     add_config_arguments(parser)
     parser.add_argument("--num", type=int, default=8, metavar="N", help="frames, spread over the split (default: 8)")

@@ -49,7 +49,7 @@ def frame_facts(frame: Frame) -> FrameFacts:
     """Name, number of points, share of them that each camera sees, range of the intensity, boxes, image sizes, and when
     the cameras fired, counted from the scan's time stamp."""
     column = frame.point_columns.index("intensity") if "intensity" in frame.point_columns else None
-    values = frame.points[:, column] if column is not None else None
+    values = frame.points[:, column] if column is not None and len(frame.points) else None
     sizes = dict.fromkeys(f"{camera.image.shape[0]} x {camera.image.shape[1]}" for camera in frame.cameras)
     shares = [f"{_share_seen(camera, frame):.1%}" for camera in frame.cameras]
     if len(shares) > 1:
@@ -67,7 +67,7 @@ def frame_facts(frame: Frame) -> FrameFacts:
 
 
 def _share_seen(camera: Camera, frame: Frame) -> float:
-    return float(project(camera, frame.points[:, :3])[2].mean())
+    return float(project(camera, frame.points[:, :3])[2].sum()) / max(1, len(frame.points))
 
 
 def _time_offset(camera: Camera, frame: Frame) -> float | None:
@@ -235,8 +235,9 @@ def views_page(batch: Batch) -> Picture:
     return page(rows)
 
 
-def write_pages(folder: Path, frame: Frame, batch: Batch) -> FrameFacts:
-    """Write `<frame id>-frame.png` and `<frame id>-views.png`; returns the frame's row of the table.
+def write_pages(folder: Path, frame: Frame, batch: Batch | None) -> FrameFacts:
+    """Write `<frame id>-frame.png` and, where there is a batch, `<frame id>-views.png`; returns the frame's row of the
+    table.
 
     Raises:
         UserError: the folder cannot be written.
@@ -244,7 +245,8 @@ def write_pages(folder: Path, frame: Frame, batch: Batch) -> FrameFacts:
     name = frame.frame_id.replace("/", "_")
     try:
         save_png(folder / f"{name}-frame.png", frame_page(frame))
-        save_png(folder / f"{name}-views.png", views_page(batch))
+        if batch is not None:
+            save_png(folder / f"{name}-views.png", views_page(batch))
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error}; name another folder with --out") from error
     return frame_facts(frame)
