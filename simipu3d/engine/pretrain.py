@@ -110,6 +110,7 @@ class PretrainModule(pl.LightningModule):
             "git_commit": commit,
             "git_dirty": dirty,
             "num_samples": len(self.reader),
+            "point_columns": list(self.reader.point_columns),
             "world_size": self.trainer.world_size,
             "method": self.config.method,
             "config": self.config.to_plain(),

@@ -4,11 +4,6 @@ Convert on a copy, write under a temporary name, read back from disk, load into 
 features, and only then give the file its name. If any of it fails nothing is left behind.
 """
 
-import json
-import os
-import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +16,7 @@ from simipu3d.encoders.image_weights import some_names
 from simipu3d.errors import UserError
 from simipu3d.export import convert, verify
 from simipu3d.export.checkpoint import load_run_checkpoint, rebuild_image_encoder, without_dilation
+from simipu3d.export.files import ExportReport, check_out, common_facts, write_checked
 from simipu3d.export.metadata import describe_image_export, tensor_hash
 from simipu3d.export.targets import (
     DEEPLAB_NAMES,
@@ -31,35 +27,6 @@ from simipu3d.export.targets import (
     is_deeplab_place,
     timm_extra_args,
 )
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What was written: the path, its metadata, and the lines for the target's configuration."""
-
-    path: Path
-    sidecar: Path
-    meta: dict[str, Any]
-    usage: list[str]
-
-    def summary(self) -> str:
-        """What a user has to know, one fact a line."""
-        meta, verification = self.meta, self.meta["verification"]
-        note = f" ({meta['untrained_in_file']})"
-        lines = [
-            f"{meta['target']} {meta['kind']}: {self.path} (metadata: {self.sidecar})",
-            f"tensors: {meta['tensors']}, names {meta['names']}",
-            "input: {order} in {range}, mean {mean}, std {std}".format(**meta["input"]),
-            f"folded: {'; '.join(meta['conversions']) or 'nothing to fold'}",
-            f"left out: {some_names(meta['dropped'])}",
-            f"untrained: {some_names(meta['untrained'])}{note if meta['untrained'] else ''}",
-            f"largest relative difference of features {verification['largest_relative_difference']:.1e} at strides "
-            f"{', '.join(map(str, verification['strides']))} (allowed {verification['tolerance']:g})",
-        ]
-        trained = meta["architecture"]["output_stride_trained"]
-        if trained != 32:
-            lines.append(f"trained with output_stride {trained}; {verification['dilation']}")
-        return "\n".join([*lines, "use it with:", *(f"  {line}" for line in self.usage)])
 
 
 def export_image(
@@ -92,7 +59,7 @@ def export_image(
     kind.check_prefix(prefix)
     if input not in kind.inputs:
         raise UserError(f"--input {input}: {target} takes {', '.join(kind.inputs)}")
-    _check_out(out, kind, target, overwrite)
+    check_out(out, kind.suffixes, target, overwrite)
 
     state, run = load_run_checkpoint(ckpt)
     encoder = rebuild_image_encoder(ckpt, state, run)
@@ -114,8 +81,35 @@ def export_image(
         "tensors_sha256": tensor_hash(tensors),
     }
     check = _check_timm if target == "timm" else _check_resnet
-    sidecar = _write_checked(job, kind, tensors, meta, lambda path: check(path, kind, job), overwrite)
-    return ExportReport(out, sidecar, meta, kind.usage(job))
+    usage = kind.usage(job)
+    sidecar = write_checked(
+        out,
+        tensors,
+        meta,
+        usage,
+        write=lambda path: kind.write(path, tensors, meta, job),
+        read=lambda path: kind.read(path, job),
+        check=lambda given, path: check(given, path, kind, job),
+        folder=not kind.suffixes,
+    )
+    return ExportReport(out, sidecar, meta, usage, _facts(meta))
+
+
+def _facts(meta: dict[str, Any]) -> list[str]:
+    """Lines of the summary."""
+    verification = meta["verification"]
+    note = f" ({meta['untrained_in_file']})" if meta["untrained"] else ""
+    facts = [
+        "input: {order} in {range}, mean {mean}, std {std}".format(**meta["input"]),
+        *common_facts(meta),
+        f"untrained: {some_names(meta['untrained'])}{note}",
+        f"largest relative difference of features {verification['largest_relative_difference']:.1e} at strides "
+        f"{', '.join(map(str, verification['strides']))} (allowed {verification['tolerance']:g})",
+    ]
+    trained = meta["architecture"]["output_stride_trained"]
+    if trained != 32:
+        facts.append(f"trained with output_stride {trained}; {verification['dilation']}")
+    return facts
 
 
 def _outside_image(state: dict[str, Tensor]) -> list[str]:
@@ -125,22 +119,6 @@ def _outside_image(state: dict[str, Tensor]) -> list[str]:
 
 def _name_pattern(target: str, prefix: str) -> str:
     return f"{prefix or ('backbone.' if target == 'openpcdet' else '')}*"
-
-
-def _check_out(out: Path, kind: ImageTarget, target: str, overwrite: bool) -> None:
-    """Refuse an output that would be lost, or that the target would not read."""
-    if kind.suffixes and out.suffix not in kind.suffixes:
-        raise UserError(f"--out {out}: {target} reads {' or '.join(kind.suffixes)} files; give the file such a name")
-    if not kind.suffixes and out.suffix in (".pth", ".pt", ".safetensors"):
-        raise UserError(f"--out {out}: {target} gets a folder, not a file; give a name without {out.suffix}")
-    if not out.exists():
-        return
-    if not overwrite:
-        raise UserError(f"--out {out}: exists already; choose another name, or replace it with --overwrite")
-    if kind.suffixes and out.is_dir():
-        raise UserError(f"--out {out}: is a folder; {target} gets a file")
-    if not kind.suffixes and not (out / "metadata.json").is_file():
-        raise UserError(f"--out {out}: is no earlier export, so --overwrite does not replace it; choose another name")
 
 
 def _plain_resnet(encoder: ImageEncoder, target: str, prefix: str) -> ImageEncoder:
@@ -196,9 +174,8 @@ def _convert(job: Job, target: str, meta: dict[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_resnet(path: Path, kind: ImageTarget, job: Job) -> dict[str, Any]:
-    """Read a file back, load it into torchvision's ResNet, compare."""
-    tensors = kind.read(path, job)
+def _check_resnet(tensors: dict[str, Tensor], path: Path, kind: ImageTarget, job: Job) -> dict[str, Any]:
+    """Load what was read back into torchvision's ResNet, compare."""
     network = verify.torchvision_resnet(job.name)
     verify.load_every_tensor(network, tensors, {"fc.weight", "fc.bias", *job.encoder.untrained})
     if kind is TARGETS["openpcdet"] and is_deeplab_place(job):
@@ -211,60 +188,8 @@ def _check_resnet(path: Path, kind: ImageTarget, job: Job) -> dict[str, Any]:
     }
 
 
-def _check_timm(path: Path, kind: ImageTarget, job: Job) -> dict[str, Any]:
+def _check_timm(tensors: dict[str, Tensor], path: Path, kind: ImageTarget, job: Job) -> dict[str, Any]:
     """Let timm load the folder, compare."""
-    target = verify.timm_levels(path, timm_extra_args(job), job.encoder, kind.read(path, job))
+    target = verify.timm_levels(path, timm_extra_args(job), job.encoder, tensors)
     result = verify.compare_features(job.encoder, target, job.convention)
     return result | {"built_with": f"timm {import_timm().__version__}", "dilation": "compared with the same dilation"}
-
-
-def _write_checked(
-    job: Job,
-    kind: ImageTarget,
-    tensors: dict[str, Tensor],
-    meta: dict[str, Any],
-    check: Callable[[Path], dict[str, Any]],
-    overwrite: bool,
-) -> Path:
-    """Write under a temporary name, check, write again with the result in it, read back once more, rename.
-
-    Returns:
-        The sidecar's path.
-    """
-    out = job.out
-    partial = out.with_name(f".{out.name}.partial")
-    sidecar = out / "metadata.json" if not kind.suffixes else out.with_name(f"{out.name}.json")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _remove(partial)
-        kind.write(partial, tensors, meta, job)
-        meta["verification"] = check(partial)
-        kind.write(partial, tensors, meta, job)
-        verify.same_tensors(kind.read(partial, job), tensors)
-        if kind.suffixes:
-            partial_sidecar = partial.with_name(f"{partial.name}.json")
-            partial_sidecar.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-            os.replace(partial_sidecar, sidecar)
-        elif overwrite:
-            _remove(out)
-        os.replace(partial, out)
-    except verify.ExportError as error:
-        raise verify.ExportError(f"the export failed its check, no file was written: {error}") from error
-    except (OSError, RuntimeError) as error:
-        if (
-            isinstance(error, RuntimeError)
-            and "cannot be opened" not in str(error)
-            and "Parent directory" not in str(error)
-        ):
-            raise
-        raise UserError(f"--out {out}: cannot be written ({error})") from error
-    finally:
-        _remove(partial)
-    return sidecar
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    elif path.exists():
-        path.unlink()

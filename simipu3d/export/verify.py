@@ -144,6 +144,28 @@ def timm_levels(
     return lambda images: forward_levels(network, images, encoder.level_indices)
 
 
+def largest_difference(wanted: Tensor, given: Tensor, what: str) -> float:
+    """Largest difference of two outputs, relative to the largest value.
+
+    Args:
+        wanted: of the pre-training network.
+        given: of the target's network.
+        what: the output, for errors.
+
+    Raises:
+        ExportError: another shape, constant zero, or a difference of more than `TOLERANCE`.
+    """
+    if wanted.shape != given.shape:
+        raise ExportError(f"{what}: {tuple(wanted.shape)} came out as {tuple(given.shape)}")
+    scale = wanted.abs().max().item()
+    if scale == 0:
+        raise ExportError(f"{what} is zero everywhere, so nothing can be compared")
+    difference = (wanted - given).abs().max().item() / scale
+    if not difference <= TOLERANCE:  # NaN fails too
+        raise ExportError(f"{what} differs by {difference:.2g} of its maximum (allowed {TOLERANCE:g})")
+    return difference
+
+
 def compare_features(
     encoder: ImageEncoder, target: Callable[[Tensor], list[Tensor]], convention: str
 ) -> dict[str, Any]:
@@ -166,18 +188,7 @@ def compare_features(
         exported = target(target_input(images, image_size, convention))[: len(trained)]
     worst = 0.0
     for wanted, given in zip(trained, exported, strict=True):
-        if wanted.features.shape != given.shape:
-            raise ExportError(f"a map of {tuple(wanted.features.shape)} came out as {tuple(given.shape)}")
-        scale = wanted.features.abs().max().item()
-        if scale == 0:
-            raise ExportError(f"the map of stride {wanted.stride} is zero everywhere, so nothing can be compared")
-        difference = (wanted.features - given).abs().max().item() / scale
-        if not difference <= TOLERANCE:  # NaN fails too
-            raise ExportError(
-                f"features at stride {wanted.stride} differ by {difference:.2g} of their maximum "
-                f"(allowed {TOLERANCE:g})"
-            )
-        worst = max(worst, difference)
+        worst = max(worst, largest_difference(wanted.features, given, f"the map of stride {wanted.stride}"))
     return {
         "compared": "feature maps of the pre-training network and of the file read back into the target's network",
         "picture_size": list(images.shape[2:]),
