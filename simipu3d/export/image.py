@@ -4,6 +4,8 @@ Convert on a copy, write under a temporary name, read back from disk, load into 
 features, and only then give the file its name. If any of it fails nothing is left behind.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from simipu3d.export import convert, verify
 from simipu3d.export.checkpoint import load_run_checkpoint, rebuild_image_encoder, without_dilation
 from simipu3d.export.files import ExportReport, check_out, common_facts, write_checked
 from simipu3d.export.metadata import describe_image_export, tensor_hash
+from simipu3d.export.swin import SWIN_TARGETS, check_swin, convert_swin, is_swin, prepare_swin
 from simipu3d.export.targets import (
     DEEPLAB_NAMES,
     TARGETS,
@@ -36,6 +39,7 @@ def export_image(
     *,
     prefix: str | None = None,
     input: str = "imagenet_rgb",
+    convert_weights: bool = False,
     overwrite: bool = False,
 ) -> ExportReport:
     """Write the image backbone of a pre-training run for another project, proven to load there.
@@ -46,6 +50,7 @@ def export_image(
         out: the file to write, for timm the folder.
         prefix: what goes before the names (mmdet3d, openpcdet); None takes the target's default.
         input: normalisation that the file shall expect.
+        convert_weights: for a Swin: Microsoft's names, which mmdetection and OpenPCDet convert themselves.
         overwrite: replace what is at `out`.
 
     Raises:
@@ -53,34 +58,34 @@ def export_image(
         ExportError: the written file failed its check; nothing is left at `out`.
     """
     if target not in TARGETS:
-        raise UserError(f"--to {target}: no such target; there are {', '.join(TARGETS)}")
-    kind = TARGETS[target]
+        raise UserError(f"--to {target}: no such target for images; there are {', '.join(TARGETS)}")
+    check_out(out, TARGETS[target].suffixes, target, overwrite)
+    state, run = load_run_checkpoint(ckpt)
+    encoder = rebuild_image_encoder(ckpt, state, run)
+    family = _family(encoder, target)
+    kind = family.kind
     prefix = kind.default_prefix if prefix is None else prefix
     kind.check_prefix(prefix)
     if input not in kind.inputs:
         raise UserError(f"--input {input}: {target} takes {', '.join(kind.inputs)}")
-    check_out(out, kind.suffixes, target, overwrite)
+    if convert_weights and kind is not SWIN_TARGETS.get(target):
+        raise UserError("--convert-weights: is for a Swin to mmdet3d or openpcdet; leave it out")
 
-    state, run = load_run_checkpoint(ckpt)
-    encoder = rebuild_image_encoder(ckpt, state, run)
     meta = describe_image_export(ckpt, run, encoder, input, [n for n in encoder.state_dict() if n.startswith("neck.")])
     meta["dropped"] += sorted({name.partition(".")[0] + ".*" for name in _outside_image(state)})
-    if target != "timm":
-        encoder = _plain_resnet(encoder, target, prefix)
-    job = Job(out, prefix, encoder, input)
-    tensors = _convert(job, target, meta)
+    job = Job(out, prefix, family.prepare(encoder, target, prefix), input, convert_weights)
+    tensors = family.convert(job, target, meta)
     meta |= {
         "target": target,
         "kind": "folder"
         if not kind.suffixes
-        else ("whole detector" if target == "openpcdet" and prefix else "weights"),
+        else ("whole detector" if target == "openpcdet" and prefix not in ("", "backbone.") else "weights"),
         "target_version_checked": kind.checked_with,
-        "names": _name_pattern(target, prefix),
+        "names": "*" if convert_weights else _name_pattern(target, prefix),
         "weight_layout": "out, in, ky, kx",
         "tensors": len(tensors),
         "tensors_sha256": tensor_hash(tensors),
     }
-    check = _check_timm if target == "timm" else _check_resnet
     usage = kind.usage(job)
     sidecar = write_checked(
         out,
@@ -89,10 +94,34 @@ def export_image(
         usage,
         write=lambda path: kind.write(path, tensors, meta, job),
         read=lambda path: kind.read(path, job),
-        check=lambda given, path: check(given, path, kind, job),
+        check=lambda given, path: family.check(given, path, kind, job),
         folder=not kind.suffixes,
     )
     return ExportReport(out, sidecar, meta, usage, _facts(meta))
+
+
+@dataclass(frozen=True)
+class _Family:
+    """How one sort of backbone reaches a target: its entry, and the three steps."""
+
+    kind: ImageTarget
+    prepare: Callable[[ImageEncoder, str, str], ImageEncoder]
+    convert: Callable[[Job, str, dict[str, Any]], dict[str, Tensor]]
+    check: Callable[[dict[str, Tensor], Path, ImageTarget, Job], dict[str, Any]]
+
+
+def _family(encoder: ImageEncoder, target: str) -> _Family:
+    if target == "timm":
+        return _Family(TARGETS[target], lambda encoder, *_: encoder, _convert, _check_timm)
+    if target in SWIN_TARGETS and is_swin(encoder):
+        return _Family(SWIN_TARGETS[target], lambda e, target, _: prepare_swin(e, target), _convert_swin, check_swin)
+    return _Family(TARGETS[target], _plain_resnet, _convert, _check_resnet)
+
+
+def _convert_swin(job: Job, target: str, meta: dict[str, Any]) -> dict[str, Tensor]:
+    tensors = _fold_input(job, convert.plain_copy(job.encoder.trunk.state_dict()), meta)
+    meta["untrained_in_file"] = "not in the file"
+    return convert_swin(job, tensors, meta)
 
 
 def _facts(meta: dict[str, Any]) -> list[str]:
@@ -107,7 +136,9 @@ def _facts(meta: dict[str, Any]) -> list[str]:
         f"{', '.join(map(str, verification['strides']))} (allowed {verification['tolerance']:g})",
     ]
     trained = meta["architecture"]["output_stride_trained"]
-    if trained != 32:
+    if "note" in verification:
+        facts.append(verification["note"])
+    if trained != 32 and "dilation" in verification:
         facts.append(f"trained with output_stride {trained}; {verification['dilation']}")
     return facts
 
@@ -140,18 +171,24 @@ def _plain_resnet(encoder: ImageEncoder, target: str, prefix: str) -> ImageEncod
     return without_dilation(encoder)
 
 
+def _fold_input(job: Job, tensors: dict[str, Tensor], meta: dict[str, Any]) -> dict[str, Tensor]:
+    """The first convolution for the normalisation that the file shall expect."""
+    config = job.encoder.config
+    if config.input == job.convention:
+        return tensors
+    first_conv = job.encoder.trunk.pretrained_cfg.get("first_conv")
+    if not isinstance(first_conv, str) or f"{first_conv}.weight" not in tensors:
+        raise UserError(
+            f"the normalisation {config.input} cannot be folded: {config.name} has no single first convolution"
+        )
+    meta["conversions"].append(f"{first_conv}: input {config.input} -> {job.convention}")
+    return convert.fold_input(tensors, first_conv, config.input, job.convention)
+
+
 def _convert(job: Job, target: str, meta: dict[str, Any]) -> dict[str, Tensor]:
     """The trunk's tensors as the target wants them, in plain names; what was done goes into `meta`."""
     encoder, config = job.encoder, job.encoder.config
-    tensors = convert.plain_copy(encoder.trunk.state_dict())
-    if config.input != job.convention:
-        first_conv = encoder.trunk.pretrained_cfg.get("first_conv")
-        if not isinstance(first_conv, str) or f"{first_conv}.weight" not in tensors:
-            raise UserError(
-                f"the normalisation {config.input} cannot be folded: {config.name} has no single first convolution"
-            )
-        tensors = convert.fold_input(tensors, first_conv, config.input, job.convention)
-        meta["conversions"].append(f"{first_conv}: input {config.input} -> {job.convention}")
+    tensors = _fold_input(job, convert.plain_copy(encoder.trunk.state_dict()), meta)
     if target == "timm":
         plain = config.model_copy(update={"output_stride": 32})
         with torch.random.fork_rng(devices=[]):

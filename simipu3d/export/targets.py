@@ -45,12 +45,14 @@ class Job:
         prefix: what stands before the names, "" for none.
         encoder: the pre-training side.
         convention: the normalisation that the file expects.
+        microsoft: Microsoft's names for a Swin, which the target converts itself.
     """
 
     out: Path
     prefix: str
     encoder: ImageEncoder
     convention: str
+    microsoft: bool = False
 
     @property
     def name(self) -> str:
@@ -174,7 +176,8 @@ def _use_timm(job: Job) -> list[str]:
 # -------------------------------------------------------------------------------------------------------- mmdet3d
 
 
-def _check_mmdet3d_prefix(prefix: str) -> None:
+def check_mmdet3d_prefix(prefix: str) -> None:
+    """Raise UserError for what cannot stand before mmdetection's names."""
     if not re.fullmatch(r"([A-Za-z_]\w*\.)+", prefix):
         raise UserError(
             f"--prefix {prefix}: expected the detector's name of its backbone with a dot, as img_backbone. or backbone."
@@ -190,16 +193,19 @@ def _read_mmdet3d(path: Path, job: Job) -> dict[str, Tensor]:
     return {name[len(job.prefix) :]: value for name, value in state.items() if name.startswith(job.prefix)}
 
 
+def mmdet3d_input(job: Job) -> str:
+    """The keys of mmdetection3d's data preprocessor that feed what the file expects."""
+    if job.convention == "caffe_bgr":
+        return "mean=[103.53, 116.28, 123.675], std=[1, 1, 1], bgr_to_rgb=False"
+    return "mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True"
+
+
 def _use_mmdet3d(job: Job) -> list[str]:
     init = f"init_cfg=dict(type='Pretrained', checkpoint='{job.out}', prefix='{job.prefix}')"
     part, depth = job.prefix.split(".")[-2], job.name.removeprefix("resnet")
-    if job.convention == "caffe_bgr":
-        pre = "mean=[103.53, 116.28, 123.675], std=[1, 1, 1], bgr_to_rgb=False"
-    else:
-        pre = "mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True"
     return [
         f"{part}=dict(type='mmdet.ResNet', depth={depth}, style='pytorch', frozen_stages=-1, ..., {init})",
-        f"data_preprocessor=dict(..., {pre})",
+        f"data_preprocessor=dict(..., {mmdet3d_input(job)})",
         f"or, for the whole detector: load_from = '{job.out}'",
     ]
 
@@ -259,7 +265,7 @@ TARGETS = {
         "1.x fe25f7a, mmdet 3.3.0, mmengine 0.10.7",
         (".pth", ".pt"),
         "img_backbone.",
-        _check_mmdet3d_prefix,
+        check_mmdet3d_prefix,
         _BOTH,
         _write_mmdet3d,
         _read_mmdet3d,

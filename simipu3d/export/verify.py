@@ -30,11 +30,11 @@ class ExportError(UserError):
     """The exported file did not pass; no file is left."""
 
 
-def fixed_pictures(encoder: ImageEncoder) -> tuple[Tensor, Tensor]:
+def fixed_pictures(encoder: ImageEncoder, size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
     """Two pseudo-random pictures, always the same, the second one smaller and padded: (2, 3, H, W) uint8 and (2, 2)
     sizes."""
     any_size = {"dynamic_img_size", "strict_img_size"}.isdisjoint(encoder.model_args)
-    height, width = ODD_SIZE if any_size else EVEN_SIZE
+    height, width = size or (ODD_SIZE if any_size else EVEN_SIZE)
     images = torch.randint(
         0, 256, (2, 3, height, width), generator=torch.Generator().manual_seed(20), dtype=torch.uint8
     )
@@ -167,7 +167,11 @@ def largest_difference(wanted: Tensor, given: Tensor, what: str) -> float:
 
 
 def compare_features(
-    encoder: ImageEncoder, target: Callable[[Tensor], list[Tensor]], convention: str
+    encoder: ImageEncoder,
+    target: Callable[[Tensor], list[Tensor]],
+    convention: str,
+    count: int | None = None,
+    size: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Same pictures through the pre-training network and through the exported one.
 
@@ -175,6 +179,8 @@ def compare_features(
         encoder: the pre-training side, eval mode.
         target: pictures as the target wants them to maps, finest first; at least the encoder's levels.
         convention: the target's normalisation.
+        count: how many of the maps; None: all.
+        size: height and width of the pictures; None: odd ones, where the encoder takes them.
 
     Returns:
         What was compared and the largest difference, plain values for the metadata.
@@ -182,9 +188,9 @@ def compare_features(
     Raises:
         ExportError: a map has another shape, is constant zero, or differs by more than `TOLERANCE`.
     """
-    images, image_size = fixed_pictures(encoder)
+    images, image_size = fixed_pictures(encoder, size)
     with torch.no_grad():
-        trained = encoder(encoder.normalise(images, image_size))[: len(encoder.level_indices)]
+        trained = encoder(encoder.normalise(images, image_size))[: count or len(encoder.level_indices)]
         exported = target(target_input(images, image_size, convention))[: len(trained)]
     worst = 0.0
     for wanted, given in zip(trained, exported, strict=True):
