@@ -37,6 +37,11 @@ def from_layout(weight: Tensor, shape: torch.Size) -> Tensor | None:
     return None
 
 
+def as_it_is(value: Tensor, shape: torch.Size) -> Tensor | None:
+    """A tensor whose layout is ours, None where its shape is not."""
+    return value if value.shape == shape else None
+
+
 def same_name(name: str) -> str:
     """OpenPCDet's VoxelBackBone8x, VoxelResBackBone8x, and mmdetection3d's PointNet2SAMSG have our names."""
     return name

@@ -121,7 +121,8 @@ def _peer(encoder: ImageEncoder) -> PeerSwin:
     depths = [len(stage) for stage in blocks]
     heads = [stage[0].attn.num_heads for stage in blocks]
     while len(depths) < 4:  # stages that did not run
-        depths.append(2)
+        absent = re.compile(rf"layers\.{len(depths)}\.blocks\.(\d+)\.")
+        depths.append(1 + max(int(match[1]) for match in map(absent.match, encoder.untrained) if match))
         heads.append(2 * heads[-1])
     ratio = first.mlp.fc1.out_features / first.mlp.fc1.in_features
     return PeerSwin(trunk.embed_dim, tuple(depths), tuple(heads), first.attn.window_size[0], ratio)
