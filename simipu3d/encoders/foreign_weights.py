@@ -55,7 +55,7 @@ IMAGE_NAMINGS = (Naming("torchvision, timm", names.same_name, names.as_it_is),)
 NAMINGS: dict[str, tuple[Naming, ...]] = {
     "voxel_backbone8x": (
         _voxel("OpenPCDet", names.same_name),
-        _voxel("mmdetection3d", names.mmdet3dnames.as_it_is),
+        _voxel("mmdetection3d", names.mmdet3d_plain),
     ),
     "voxel_res_backbone8x": (
         _voxel("OpenPCDet", names.same_name, _BLOCK_BIAS),
@@ -92,8 +92,8 @@ class Match:
 
     @property
     def renamed(self) -> int:
-        """How many of the tensors are called otherwise in the file."""
-        return sum(own != theirs for own, theirs in self.sources.items())
+        """How many of the tensors are called otherwise in the file, apart from the prefix."""
+        return sum(self.prefix + own != theirs for own, theirs in self.sources.items())
 
 
 def best_match(own: Mapping[str, Tensor], state: Mapping[str, Tensor], namings: tuple[Naming, ...], what: str) -> Match:

@@ -108,6 +108,7 @@ def _load_foreign(method: nn.Module, source: Source) -> list[str]:
     for branch in _branches(method):
         own = branch.module.state_dict()
         match = best_match(own, source.state, branch.namings, f"--init: {source.path}: {branch.title}")
+        _check_layout(own, match, source)
         if len(match.tensors) < LEAST * len(own):
             failures.append(f"{branch.title} {len(match.tensors)} of {len(own)}{_first_wrong(match)}")
             rows.append((branch.title, "nothing used", "0", "0", str(len(own))))
@@ -153,6 +154,17 @@ def _first_wrong(match: Match) -> str:
     for name, shapes in match.wrong.items():
         return f" ({len(match.wrong)} have another shape, first {name}: {shapes})"
     return ""
+
+
+def _check_layout(own: Mapping[str, Tensor], match: Match, source: Source) -> None:
+    """Refuse sparse weights (kz, ky, kx, out, in), which some spconv 2.0 have: where in = out they pass for spconv 1.x."""
+    for name, shapes in match.wrong.items():
+        given = source.state[f"{match.prefix}{match.naming.rename(name)}"]
+        if given.dim() == 5 and given.permute(3, 0, 1, 2, 4).shape == own[name].shape:
+            raise UserError(
+                f"--init: {source.path}: {name} is {shapes}: its weights lie as (kz, ky, kx, out, in), and where in = out "
+                "nobody could tell; save it again as spconv 1.x (kz, ky, kx, in, out) or 2.x (out, kz, ky, kx, in)"
+            )
 
 
 def _check_finite(tensors: dict[str, Tensor], path: Path) -> None:
