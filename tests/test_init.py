@@ -187,10 +187,11 @@ def test_a_voxel_encoder_of_a_detector_computes_what_it_did(tmp_path, case):
 @pytest.mark.parametrize("nesting", ["", "module."])
 def test_pointcontrasts_network_computes_what_it_did(tmp_path, nesting):
     widths = tuple(UNET["planes"])
-    peer = random_peer(MinkowskiUNet(3, 5, (8, 3), widths, tuple(UNET["layers"])))
+    square = UNET | {"out_channels": widths[7]}  # a 1x1 kernel whose shape does not tell in from out
+    peer = random_peer(MinkowskiUNet(3, widths[7], (8, 3), widths, tuple(UNET["layers"])))
     content = {"state_dict": under(nesting, peer.state_dict()), "curr_iter": 60000, "config": {"net": "Res16UNet34C"}}
     torch.save(content, tmp_path / "x.pth")
-    method = method_of(point=UNET)
+    method = method_of(point=square)
     load_weights(method, tmp_path / "x.pth")
     x = verify_points.random_voxels()
     shape = tuple(-(-size // 16) * 16 for size in x.spatial_shape)

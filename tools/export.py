@@ -8,37 +8,21 @@ from pathlib import Path
 
 from simipu3d.command_line import run
 
-EXAMPLES = """targets, --branch image:
+EXAMPLES = """targets of --branch image:
   torchvision   flat weights for torchvision.models.resnet*, .pth or .safetensors
   timm          a folder for timm.create_model('local-dir:DIR', pretrained=True) and the Hub; any backbone
-  mmdet3d       {meta, state_dict} for init_cfg or load_from: ResNets, and Swins in mmdetection's names
-  openpcdet     one file for CaDDN and Focals Conv; with --prefix a part of a whole detector; Swin for BEVFusion
-targets, --branch points:
-  openpcdet     VoxelBackBone8x, UNetV2, VoxelResBackBone8x, PointNet2MSG
-  mmdet3d       SparseEncoder (plain, basicblock, BEVFusion's), PointNet2SAMSG
-  pointcept     SpUNet-v1m1
-  minkowski     Res16UNet, PointContrast's names
+  mmdet3d       for init_cfg or load_from: ResNets, Swins
+  openpcdet     for CaDDN and Focals Conv, with --prefix a part of a whole detector; Swins for BEVFusion
+targets of --branch points: openpcdet, mmdet3d (voxel encoders, PointNet++), pointcept, minkowski (sparse U-Nets)
 
-examples:
+example:
   python tools/export.py --ckpt runs/kitti/checkpoints/last.ckpt --branch image --to torchvision --out resnet50.pth
-  python tools/export.py --ckpt runs/demo/checkpoints/last.ckpt --branch image --to timm --out exports/demo
-  python tools/export.py --ckpt CKPT --branch image --to openpcdet --prefix vfe.ffn.ddn.model.backbone. --out caddn.pth
-  python tools/export.py --ckpt CKPT --branch points --to openpcdet --out voxels.pth
-  python tools/export.py --ckpt CKPT --branch points --to mmdet3d --prefix middle_encoder. --out encoder.pth
 
-Every file is read back and its features compared with the trained network's before it gets its name.
-What arrives where, and how to check it: docs/export.md
+Every file is read back and its features compared with the trained network's before it gets its name: docs/export.md
 """
 IMAGE_ONLY = {"input": None, "convert_weights": False}
-POINTS_ONLY = {
-    "network": None,
-    "layout": None,
-    "channels": None,
-    "intensity_scale": 1.0,
-    "no_bias": False,
-    "partial": False,
-}
-"""Options of one branch, and what they are when they are not given."""
+POINTS_ONLY = {"network": None, "layout": None, "channels": None, "intensity_scale": 1.0, "partial": False}
+# Options of one branch, and what they are when they are not given.
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,18 +37,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, metavar="FILE", help="file to write (timm: folder)")
     add("--prefix", metavar="P", help="what goes before the names (default: the target's usual one)")
     add("--overwrite", action="store_true", help="replace what is at --out")
-    add(
-        "--input",
-        choices=["imagenet_rgb", "caffe_bgr"],
-        help="image: normalisation the file expects; caffe_bgr for mmdet3d configurations with std 1 "
-        "(default: imagenet_rgb)",
-    )
+    normalisation = "image: normalisation the file expects; caffe_bgr for std 1 in mmdet3d (default: imagenet_rgb)"
+    add("--input", choices=["imagenet_rgb", "caffe_bgr"], help=normalisation)
     add("--convert-weights", action="store_true", help="image, Swin: Microsoft's names, for CONVERT_WEIGHTS: True")
     add("--network", metavar="N", help="points: which of the target's networks (default: the first that fits)")
     add("--layout", choices=["spconv1", "spconv2"], help="points: of sparse weights (default: what the target reads)")
     add("--channels", type=int, metavar="C", help="points: pad or cut the input columns to C (default: as trained)")
     add(
-        "--intensity-scale", type=float, default=1.0, metavar="S", help="points: the target's intensity is S times 0..1"
+        "--intensity-scale", type=float, default=1.0, metavar="S", help="points: the target's intensity is S times ours"
     )
     add("--no-bias", action="store_true", help="points: for VoxelResBackBone8x with USE_BIAS: False")
     add("--partial", action="store_true", help="points, pointcept: write the part that fits")
@@ -77,18 +57,17 @@ def body(args: argparse.Namespace) -> None:
     from simipu3d.export.image import export_image
     from simipu3d.export.points import export_points
 
-    logging.getLogger("simipu3d.encoders").setLevel(logging.WARNING)  # the networks built here are for the check only
-    for key, default in (POINTS_ONLY if args.branch == "image" else IMAGE_ONLY).items():
+    logging.getLogger("simipu3d.encoders").setLevel(logging.WARNING)  # networks built here are for the check only
+    for key, default in (POINTS_ONLY | {"no_bias": False} if args.branch == "image" else IMAGE_ONLY).items():
         if getattr(args, key) != default:
             raise UserError(f"--{key.replace('_', '-')}: does not belong to --branch {args.branch}; leave it out")
     common = {"prefix": args.prefix, "overwrite": args.overwrite}
     if args.branch == "image":
         options = {"input": args.input or "imagenet_rgb", "convert_weights": args.convert_weights}
-        report = export_image(args.ckpt, args.to, args.out, **common, **options)
+        print(export_image(args.ckpt, args.to, args.out, **common, **options).summary())
     else:
-        options = {key: getattr(args, key) for key in POINTS_ONLY if key != "no_bias"}
-        report = export_points(args.ckpt, args.to, args.out, **common, **options, bias=not args.no_bias)
-    print(report.summary())
+        options = {key: getattr(args, key) for key in POINTS_ONLY} | {"bias": not args.no_bias}
+        print(export_points(args.ckpt, args.to, args.out, **common, **options).summary())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -190,14 +190,14 @@ def _write_mmdet3d(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any],
 
 
 def _use_mmdet3d(job: Job) -> list[str]:
-    part = job.prefix.split(".")[-2]
-    prefix = "" if job.microsoft else f", prefix='{job.prefix}'"
-    init = f"init_cfg=dict(type='Pretrained', checkpoint='{job.out}'{prefix})"
-    return [
-        f"{part}=dict(type='mmdet.SwinTransformer', {_dims(job)}, convert_weights={job.microsoft}, ..., {init})",
+    lines = [
+        f"dict(type='mmdet.SwinTransformer', {_dims(job)}, convert_weights={job.microsoft}, ...,",
+        f"  init_cfg=dict(type='Pretrained', checkpoint='{job.out}'))",
         f"data_preprocessor=dict(..., {mmdet3d_input(job)})",
-        *_usage_note(job),
     ]
+    if not job.microsoft and job.prefix != "backbone.":  # its init_cfg knows this one prefix, whatever the detector's
+        lines[:2] = [f"load_from = '{job.out}'  # with {lines[0].removesuffix(',')})"]
+    return [*lines, *_usage_note(job)]
 
 
 SWIN_TARGETS = {
@@ -214,7 +214,7 @@ SWIN_TARGETS = {
     "mmdet3d": ImageTarget(
         "1.x fe25f7a, mmdet 3.3.0, mmengine 0.10.7",
         (".pth", ".pt"),
-        "img_backbone.",
+        "backbone.",
         check_mmdet3d_prefix,
         ("imagenet_rgb", "caffe_bgr"),
         _write_mmdet3d,
