@@ -258,6 +258,14 @@ def test_dilated_training_exports_the_same_weights(tmp_path):
     assert "without dilation" in report.summary()
 
 
+def test_a_text_beside_the_file_says_how_to_load_it(small, tmp_path):
+    report = export_image(small[0], "torchvision", tmp_path / "x.pth")
+    text = (tmp_path / "x.pth.txt").read_text()
+    assert all(line in text for line in report.usage)
+    assert "non-commercial" in text
+    assert "epoch 3, step 30" in text
+
+
 # ----------------------------------------------------------------------------------------------------- what is caught
 
 
@@ -360,7 +368,8 @@ def test_metadata_is_plain_and_complete(small, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": "detectron"}, "no such target"),
+        ({"target": "detectron"}, "no such target for images; there are openpcdet, mmdet3d, torchvision, timm"),
+        ({"target": "mmdet3d", "convert_weights": True}, "is for a Swin"),
         ({"target": "torchvision", "out": "x.onnx"}, "reads .pth"),
         ({"target": "timm", "out": "x.pth"}, "gets a folder"),
         ({"target": "torchvision", "prefix": "backbone."}, "knows no prefixes"),

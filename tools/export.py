@@ -8,19 +8,21 @@ from pathlib import Path
 
 from simipu3d.command_line import add_plugins_argument, run
 
-EXAMPLES = """targets:
+EXAMPLES = """targets of --branch image:
   torchvision   flat weights for torchvision.models.resnet*, .pth or .safetensors
   timm          a folder for timm.create_model('local-dir:DIR', pretrained=True) and the Hub; any backbone
-  mmdet3d       {meta, state_dict} for init_cfg or load_from
-  openpcdet     one file for CaDDN and Focals Conv; with --prefix a part of a whole detector for --pretrained_model
+  mmdet3d       for init_cfg or load_from: ResNets, Swins
+  openpcdet     for CaDDN and Focals Conv, with --prefix a part of a whole detector; Swins for BEVFusion
+targets of --branch points: openpcdet, mmdet3d (voxel encoders, PointNet++), pointcept, minkowski (sparse U-Nets)
 
-examples:
+example:
   python tools/export.py --ckpt runs/kitti/checkpoints/last.ckpt --branch image --to torchvision --out resnet50.pth
-  python tools/export.py --ckpt runs/demo/checkpoints/last.ckpt --branch image --to timm --out exports/demo
-  python tools/export.py --ckpt CKPT --branch image --to openpcdet --prefix vfe.ffn.ddn.model.backbone. --out caddn.pth
 
-Every file is read back and its features compared with the trained network's before it gets its name.
+Every file is read back and its features compared with the trained network's before it gets its name: docs/export.md
 """
+IMAGE_ONLY = {"input": None, "convert_weights": False}
+POINTS_ONLY = {"network": None, "layout": None, "channels": None, "intensity_scale": 1.0, "partial": False}
+# Options of one branch, and what they are when they are not given.
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,35 +30,47 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="export", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ckpt", type=Path, required=True, metavar="CKPT", help="checkpoint of a pre-training run")
-    parser.add_argument("--branch", required=True, choices=["image"], help="which encoder")
-    parser.add_argument("--to", required=True, metavar="TARGET", help="openpcdet, mmdet3d, torchvision or timm")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write (timm: folder)")
-    parser.add_argument(
-        "--prefix",
-        metavar="P",
-        help="what goes before the names: mmdet3d (default img_backbone.), openpcdet (default: none)",
-    )
-    parser.add_argument(
-        "--input",
-        choices=["imagenet_rgb", "caffe_bgr"],
-        default="imagenet_rgb",
-        help="normalisation the file expects; caffe_bgr for mmdet3d configurations with std 1 (default: %(default)s)",
+    add = parser.add_argument
+    add("--ckpt", type=Path, required=True, metavar="CKPT", help="checkpoint of a pre-training run")
+    add("--branch", required=True, choices=["image", "points"], help="which encoder")
+    add("--to", required=True, metavar="TARGET", help="see below")
+    add("--out", type=Path, required=True, metavar="FILE", help="file to write (timm: folder)")
+    add("--prefix", metavar="P", help="what goes before the names (default: the target's usual one)")
+    add("--overwrite", action="store_true", help="replace what is at --out")
+    normalisation = "image: normalisation the file expects; caffe_bgr for std 1 in mmdet3d (default: imagenet_rgb)"
+    add("--input", choices=["imagenet_rgb", "caffe_bgr"], help=normalisation)
+    add("--convert-weights", action="store_true", help="image, Swin: Microsoft's names, for CONVERT_WEIGHTS: True")
+    add("--network", metavar="N", help="points: which of the target's networks (default: the first that fits)")
+    add("--layout", choices=["spconv1", "spconv2"], help="points: of sparse weights (default: what the target reads)")
+    add("--channels", type=int, metavar="C", help="points: pad or cut the input columns to C (default: as trained)")
+    add(
+        "--intensity-scale", type=float, default=1.0, metavar="S", help="points: the target's intensity is S times ours"
     )
     add_plugins_argument(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
+    add("--no-bias", action="store_true", help="points: for VoxelResBackBone8x with USE_BIAS: False")
+    add("--partial", action="store_true", help="points, pointcept: write the part that fits")
     return parser
 
 
 def body(args: argparse.Namespace) -> None:
     """Export, and print what was written and how to use it."""
     from simipu3d.engine.plugins import load_plugins
+    from simipu3d.errors import UserError
     from simipu3d.export.image import export_image
+    from simipu3d.export.points import export_points
 
     load_plugins(args.plugins, "--plugins")
-    logging.getLogger("simipu3d.encoders").setLevel(logging.WARNING)  # the networks built here are for the check only
-    report = export_image(args.ckpt, args.to, args.out, prefix=args.prefix, input=args.input, overwrite=args.overwrite)
-    print(report.summary())
+    logging.getLogger("simipu3d.encoders").setLevel(logging.WARNING)  # networks built here are for the check only
+    for key, default in (POINTS_ONLY | {"no_bias": False} if args.branch == "image" else IMAGE_ONLY).items():
+        if getattr(args, key) != default:
+            raise UserError(f"--{key.replace('_', '-')}: does not belong to --branch {args.branch}; leave it out")
+    common = {"prefix": args.prefix, "overwrite": args.overwrite}
+    if args.branch == "image":
+        options = {"input": args.input or "imagenet_rgb", "convert_weights": args.convert_weights}
+        print(export_image(args.ckpt, args.to, args.out, **common, **options).summary())
+    else:
+        options = {key: getattr(args, key) for key in POINTS_ONLY} | {"bias": not args.no_bias}
+        print(export_points(args.ckpt, args.to, args.out, **common, **options).summary())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

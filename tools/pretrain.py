@@ -34,7 +34,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="CKPT",
         help="continue a run: from CKPT, or from last.ckpt of --out (starts afresh where there is none yet)",
     )
-    parser.add_argument("--init", type=Path, metavar="CKPT", help="start a new run from the weights of another")
+    parser.add_argument(
+        "--init",
+        type=Path,
+        metavar="CKPT",
+        help="start a new run from weights: of another run, or torchvision's, timm's, MoCo's, mmdetection3d's, SimIPU's, "
+        "OpenPCDet's, PointContrast's (.pth, .safetensors)",
+    )
     return parser
 
 

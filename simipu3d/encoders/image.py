@@ -25,12 +25,11 @@ from simipu3d.encoders.image_trunk import (
     first_pass,
 )
 from simipu3d.encoders.image_weights import LoadReport, load_pretrained, some_names
+from simipu3d.encoders.weight_folding import IMAGENET_MEAN, IMAGENET_STD
 from simipu3d.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 CAFFE_BGR_MEAN = (103.530, 116.280, 123.675)
 
 

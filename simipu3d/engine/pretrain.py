@@ -23,8 +23,9 @@ from simipu3d.contracts.batch import Batch
 from simipu3d.contracts.frame import FrameReader
 from simipu3d.data.module import BadFrameLimit, build_reader, check_enough_frames, make_loader
 from simipu3d.engine.callbacks import Checkpoints, FiniteLoss, Metrics, Pictures, Progress
+from simipu3d.engine.init_weights import load_weights
 from simipu3d.engine.optim import build_optimizer
-from simipu3d.engine.run import AtomicCheckpointIO, RunDirectory, default_out, git_commit, read_checkpoint
+from simipu3d.engine.run import AtomicCheckpointIO, RunDirectory, default_out, git_commit, read_checkpoint, write_whole
 from simipu3d.engine.settings import PretrainConfig, TrainerConfig, load_pretrain_config
 from simipu3d.errors import UserError
 from simipu3d.registry import METHODS, SCHEDULES
@@ -52,6 +53,7 @@ class PretrainModule(pl.LightningModule):
         self.reader = reader
         self.bad_frames = limit
         self.start = (0, 0)
+        self.init_lines: list[str] | None = None
         self.commit = git_commit()
 
     def configure_model(self) -> None:
@@ -110,6 +112,7 @@ class PretrainModule(pl.LightningModule):
             "git_commit": commit,
             "git_dirty": dirty,
             "num_samples": len(self.reader),
+            "point_columns": list(self.reader.point_columns),
             "world_size": self.trainer.world_size,
             "method": self.config.method,
             "config": self.config.to_plain(),
@@ -162,25 +165,6 @@ def build_method(config: PretrainConfig, point_columns: tuple[str, ...]) -> torc
     """The method with weights drawn from the configuration's seed."""
     torch.manual_seed(config.seed)
     return METHODS[config.method].target(config.blocks, point_columns=point_columns)
-
-
-def load_weights(method: torch.nn.Module, path: Path) -> None:
-    """Start from another run's weights (`--init`); every tensor that is not used, and every one left as drawn, is named.
-
-    Raises:
-        UserError: nothing matched.
-    """
-    prefix = "method."
-    state = {k.removeprefix(prefix): v for k, v in read_checkpoint(path)["state_dict"].items() if k.startswith(prefix)}
-    own = method.state_dict()
-    used = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
-    if not used:
-        raise UserError(f"{path}: none of its {len(state)} tensors fits this configuration's {len(own)}")
-    method.load_state_dict(used, strict=False)
-    log.info("--init %s: %d tensors used", path, len(used))
-    for what, names in (("not used", state.keys() - used.keys()), ("left as drawn", own.keys() - used.keys())):
-        if names:
-            log.info("--init %s: %d tensors %s: %s", path, len(names), what, ", ".join(sorted(names)))
 
 
 def check_weights(method: torch.nn.Module, path: Path) -> None:
@@ -274,11 +258,14 @@ def build_module(config: PretrainConfig, run: RunDirectory, init: Path | None = 
     processes = (1 if config.trainer.devices == "auto" else config.trainer.devices) * config.trainer.num_nodes
     check_enough_frames(config.data, len(reader), processes)
     method = build_method(config, reader.point_columns)
+    init_lines = None
     if run.checkpoint is not None:
         check_weights(method, run.checkpoint)
     elif init is not None:
-        load_weights(method, init)
-    return PretrainModule(config, method, reader, BadFrameLimit(config.data, len(reader)))
+        init_lines = load_weights(method, init)
+    module = PretrainModule(config, method, reader, BadFrameLimit(config.data, len(reader)))
+    module.init_lines = init_lines
+    return module
 
 
 def pretrain(
@@ -320,6 +307,8 @@ def pretrain(
     if first_process:
         module.reader.prepare()
         run.create(config.to_plain())
+        if module.init_lines is not None:
+            write_whole(out / "init.txt", "\n".join(module.init_lines) + "\n")
         os.environ[OUT_VARIABLE] = str(out)
     if run.checkpoint is not None:
         log.info("resuming from step %d: %s", run.resumed_step, run.checkpoint)

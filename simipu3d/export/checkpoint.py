@@ -3,16 +3,20 @@
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from simipu3d.config import parse_block
+from simipu3d.config import PartConfig, parse_block, parse_part
 from simipu3d.encoders.image import ImageEncoder, ImageEncoderConfig
 from simipu3d.encoders.image_weights import some_names
 from simipu3d.engine.plugins import require_plugins
 from simipu3d.engine.run import read_checkpoint
 from simipu3d.errors import UserError
+from simipu3d.registry import POINT_ENCODERS
 
 IMAGE_PREFIX = "method.image_encoder."
+POINT_PREFIX = "method.point_encoder."
+DEFAULT_COLUMNS = ("x", "y", "z", "intensity")
+"""Of checkpoints that do not say which columns the points had."""
 
 
 def load_run_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -55,12 +59,52 @@ def rebuild_image_encoder(path: Path, state: dict[str, Tensor], run: dict[str, A
         raise UserError(f"{path}: this run (method {method}) has no image branch; export a run that has one")
     config = parse_block("image_encoder", ImageEncoderConfig, {**block, "pretrained": None})
     encoder = ImageEncoder(config, map=matching.get("map", -1) if isinstance(matching, dict) else -1)
+    _load_exactly(path, encoder, own, "image")
+    return encoder.eval()
+
+
+def rebuild_point_encoder(
+    path: Path, state: dict[str, Tensor], run: dict[str, Any]
+) -> tuple[nn.Module, PartConfig, tuple[str, ...]]:
+    """The run's own point encoder with its trained weights, in eval mode on the torch backend.
+
+    Args:
+        path: the checkpoint, for errors.
+        state: the run's state dict.
+        run: what the run wrote about itself.
+
+    Returns:
+        encoder, its validated block, and the columns of the points it was trained with.
+
+    Raises:
+        UserError: the run has no point branch, or its weights and its configuration do not belong together.
+    """
+    own = {name.removeprefix(POINT_PREFIX): value for name, value in state.items() if name.startswith(POINT_PREFIX)}
+    block = run["config"].get("point_encoder")
+    if not own or not isinstance(block, dict):
+        method = run.get("method", "unknown")
+        raise UserError(f"{path}: this run (method {method}) has no point branch; export a run that has one")
+    if "sparse_backend" in block:
+        block = {**block, "sparse_backend": "torch"}
+    config = parse_part("point_encoder", POINT_ENCODERS, block)
+    columns = tuple(run.get("point_columns") or DEFAULT_COLUMNS)
+    encoder = POINT_ENCODERS[config.name].target(config, point_columns=columns)
+    _load_exactly(path, encoder, own, "point")
+    return encoder.eval(), config, columns
+
+
+def _load_exactly(path: Path, encoder: nn.Module, own: dict[str, Tensor], branch: str) -> None:
+    """Load a branch's tensors, all of them and no others.
+
+    Raises:
+        UserError: names or shapes differ from the configuration's, or values are not finite.
+    """
     expected = encoder.state_dict()
     missing = [name for name in expected if name not in own]
     surplus = [name for name in own if name not in expected]
     if missing or surplus:
         raise UserError(
-            f"{path}: its image branch is not the one of its configuration; missing: {some_names(missing)}; "
+            f"{path}: its {branch} branch is not the one of its configuration; missing: {some_names(missing)}; "
             f"surplus: {some_names(surplus)}; the file may be damaged or from another version"
         )
     wrong = [name for name, value in expected.items() if own[name].shape != value.shape]
@@ -72,7 +116,6 @@ def rebuild_image_encoder(path: Path, state: dict[str, Tensor], run: dict[str, A
             f"{path}: {some_names(bad)} hold NaN or infinite values: the run diverged; take an earlier checkpoint"
         )
     encoder.load_state_dict(own)
-    return encoder.eval()
 
 
 def without_dilation(encoder: ImageEncoder) -> ImageEncoder:

@@ -4,9 +4,6 @@ Convert on a copy, write under a temporary name, read back from disk, load into 
 features, and only then give the file its name. If any of it fails nothing is left behind.
 """
 
-import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +19,9 @@ from simipu3d.encoders.image_weights import some_names
 from simipu3d.errors import UserError
 from simipu3d.export import convert, verify
 from simipu3d.export.checkpoint import load_run_checkpoint, rebuild_image_encoder, without_dilation
+from simipu3d.export.files import ExportReport, check_out, common_facts, write_checked
 from simipu3d.export.metadata import describe_image_export, tensor_hash
+from simipu3d.export.swin import SWIN_TARGETS, check_swin, convert_swin, is_swin, prepare_swin
 from simipu3d.export.targets import (
     DEEPLAB_NAMES,
     TARGETS,
@@ -34,35 +33,6 @@ from simipu3d.export.targets import (
 )
 
 
-@dataclass(frozen=True)
-class ExportReport:
-    """What was written: the path, its metadata, and the lines for the target's configuration."""
-
-    path: Path
-    sidecar: Path
-    meta: dict[str, Any]
-    usage: list[str]
-
-    def summary(self) -> str:
-        """What a user has to know, one fact a line."""
-        meta, verification = self.meta, self.meta["verification"]
-        note = f" ({meta['untrained_in_file']})"
-        lines = [
-            f"{meta['target']} {meta['kind']}: {self.path} (metadata: {self.sidecar})",
-            f"tensors: {meta['tensors']}, names {meta['names']}",
-            "input: {order} in {range}, mean {mean}, std {std}".format(**meta["input"]),
-            f"folded: {'; '.join(meta['conversions']) or 'nothing to fold'}",
-            f"left out: {some_names(meta['dropped'])}",
-            f"untrained: {some_names(meta['untrained'])}{note if meta['untrained'] else ''}",
-            f"largest relative difference of features {verification['largest_relative_difference']:.1e} at strides "
-            f"{', '.join(map(str, verification['strides']))} (allowed {verification['tolerance']:g})",
-        ]
-        trained = meta["architecture"]["output_stride_trained"]
-        if trained != 32:
-            lines.append(f"trained with output_stride {trained}; {verification['dilation']}")
-        return "\n".join([*lines, "use it with:", *(f"  {line}" for line in self.usage)])
-
-
 def export_image(
     ckpt: Path,
     target: str,
@@ -70,6 +40,7 @@ def export_image(
     *,
     prefix: str | None = None,
     input: str = "imagenet_rgb",
+    convert_weights: bool = False,
     overwrite: bool = False,
 ) -> ExportReport:
     """Write the image backbone of a pre-training run for another project, proven to load there.
@@ -80,6 +51,7 @@ def export_image(
         out: the file to write, for timm the folder.
         prefix: what goes before the names (mmdet3d, openpcdet); None takes the target's default.
         input: normalisation that the file shall expect.
+        convert_weights: for a Swin: Microsoft's names, which mmdetection and OpenPCDet convert themselves.
         overwrite: replace what is at `out`.
 
     Raises:
@@ -87,14 +59,8 @@ def export_image(
         ExportError: the written file failed its check; nothing is left at `out`.
     """
     if target not in TARGETS:
-        raise UserError(f"--to {target}: no such target; there are {', '.join(TARGETS)}")
-    kind = TARGETS[target]
-    prefix = kind.default_prefix if prefix is None else prefix
-    kind.check_prefix(prefix)
-    if input not in kind.inputs:
-        raise UserError(f"--input {input}: {target} takes {', '.join(kind.inputs)}")
-    _check_out(out, kind, target, overwrite)
-
+        raise UserError(f"--to {target}: no such target for images; there are {', '.join(TARGETS)}")
+    check_out(out, TARGETS[target].suffixes, target, overwrite)
     state, run = load_run_checkpoint(ckpt)
     encoder = rebuild_image_encoder(ckpt, state, run)
     if not is_timm(encoder.trunk):
@@ -102,26 +68,85 @@ def export_image(
             f"--to {target}: {encoder.config.name} is a plugin's own backbone, which no target builds, so a file could not "
             f"be checked; its weights stand in {ckpt} below method.image_encoder.trunk."
         )
+    family = _family(encoder, target)
+    kind = family.kind
+    prefix = kind.default_prefix if prefix is None else prefix
+    kind.check_prefix(prefix)
+    if input not in kind.inputs:
+        raise UserError(f"--input {input}: {target} takes {', '.join(kind.inputs)}")
+    if convert_weights and kind is not SWIN_TARGETS.get(target):
+        raise UserError("--convert-weights: is for a Swin to mmdet3d or openpcdet; leave it out")
+
     meta = describe_image_export(ckpt, run, encoder, input, [n for n in encoder.state_dict() if n.startswith("neck.")])
     meta["dropped"] += sorted({name.partition(".")[0] + ".*" for name in _outside_image(state)})
-    if target != "timm":
-        encoder = _plain_resnet(encoder, target, prefix)
-    job = Job(out, prefix, encoder, input)
-    tensors = _convert(job, target, meta)
+    job = Job(out, prefix, family.prepare(encoder, target, prefix), input, convert_weights)
+    tensors = family.convert(job, target, meta)
     meta |= {
         "target": target,
         "kind": "folder"
         if not kind.suffixes
-        else ("whole detector" if target == "openpcdet" and prefix else "weights"),
+        else ("whole detector" if target == "openpcdet" and prefix not in ("", "backbone.") else "weights"),
         "target_version_checked": kind.checked_with,
-        "names": _name_pattern(target, prefix),
+        "names": "*" if convert_weights else _name_pattern(target, prefix),
         "weight_layout": "out, in, ky, kx",
         "tensors": len(tensors),
         "tensors_sha256": tensor_hash(tensors),
     }
-    check = _check_timm if target == "timm" else _check_resnet
-    sidecar = _write_checked(job, kind, tensors, meta, lambda path: check(path, kind, job), overwrite)
-    return ExportReport(out, sidecar, meta, kind.usage(job))
+    usage = kind.usage(job)
+    sidecar = write_checked(
+        out,
+        tensors,
+        meta,
+        usage,
+        write=lambda path: kind.write(path, tensors, meta, job),
+        read=lambda path: kind.read(path, job),
+        check=lambda given, path: family.check(given, path, kind, job),
+        folder=not kind.suffixes,
+    )
+    return ExportReport(out, sidecar, meta, usage, _facts(meta))
+
+
+@dataclass(frozen=True)
+class _Family:
+    """How one sort of backbone reaches a target: its entry, and the three steps."""
+
+    kind: ImageTarget
+    prepare: Callable[[ImageEncoder, str, str], ImageEncoder]
+    convert: Callable[[Job, str, dict[str, Any]], dict[str, Tensor]]
+    check: Callable[[dict[str, Tensor], Path, ImageTarget, Job], dict[str, Any]]
+
+
+def _family(encoder: ImageEncoder, target: str) -> _Family:
+    if target == "timm":
+        return _Family(TARGETS[target], lambda encoder, *_: encoder, _convert, _check_timm)
+    if target in SWIN_TARGETS and is_swin(encoder):
+        return _Family(SWIN_TARGETS[target], lambda e, target, _: prepare_swin(e, target), _convert_swin, check_swin)
+    return _Family(TARGETS[target], _plain_resnet, _convert, _check_resnet)
+
+
+def _convert_swin(job: Job, target: str, meta: dict[str, Any]) -> dict[str, Tensor]:
+    tensors = _fold_input(job, convert.plain_copy(job.encoder.trunk.state_dict()), meta)
+    meta["untrained_in_file"] = "not in the file"
+    return convert_swin(job, tensors, meta)
+
+
+def _facts(meta: dict[str, Any]) -> list[str]:
+    """Lines of the summary."""
+    verification = meta["verification"]
+    note = f" ({meta['untrained_in_file']})" if meta["untrained"] else ""
+    facts = [
+        "input: {order} in {range}, mean {mean}, std {std}".format(**meta["input"]),
+        *common_facts(meta),
+        f"untrained: {some_names(meta['untrained'])}{note}",
+        f"largest relative difference of features {verification['largest_relative_difference']:.1e} at strides "
+        f"{', '.join(map(str, verification['strides']))} (allowed {verification['tolerance']:g})",
+    ]
+    trained = meta["architecture"]["output_stride_trained"]
+    if "note" in verification:
+        facts.append(verification["note"])
+    if trained != 32 and "dilation" in verification:
+        facts.append(f"trained with output_stride {trained}; {verification['dilation']}")
+    return facts
 
 
 def _outside_image(state: dict[str, Tensor]) -> list[str]:
@@ -131,22 +156,6 @@ def _outside_image(state: dict[str, Tensor]) -> list[str]:
 
 def _name_pattern(target: str, prefix: str) -> str:
     return f"{prefix or ('backbone.' if target == 'openpcdet' else '')}*"
-
-
-def _check_out(out: Path, kind: ImageTarget, target: str, overwrite: bool) -> None:
-    """Refuse an output that would be lost, or that the target would not read."""
-    if kind.suffixes and out.suffix not in kind.suffixes:
-        raise UserError(f"--out {out}: {target} reads {' or '.join(kind.suffixes)} files; give the file such a name")
-    if not kind.suffixes and out.suffix in (".pth", ".pt", ".safetensors"):
-        raise UserError(f"--out {out}: {target} gets a folder, not a file; give a name without {out.suffix}")
-    if not out.exists():
-        return
-    if not overwrite:
-        raise UserError(f"--out {out}: exists already; choose another name, or replace it with --overwrite")
-    if kind.suffixes and out.is_dir():
-        raise UserError(f"--out {out}: is a folder; {target} gets a file")
-    if not kind.suffixes and not (out / "metadata.json").is_file():
-        raise UserError(f"--out {out}: is no earlier export, so --overwrite does not replace it; choose another name")
 
 
 def _plain_resnet(encoder: ImageEncoder, target: str, prefix: str) -> ImageEncoder:
@@ -168,18 +177,24 @@ def _plain_resnet(encoder: ImageEncoder, target: str, prefix: str) -> ImageEncod
     return without_dilation(encoder)
 
 
+def _fold_input(job: Job, tensors: dict[str, Tensor], meta: dict[str, Any]) -> dict[str, Tensor]:
+    """The first convolution for the normalisation that the file shall expect."""
+    config = job.encoder.config
+    if config.input == job.convention:
+        return tensors
+    first_conv = job.encoder.trunk.pretrained_cfg.get("first_conv")
+    if not isinstance(first_conv, str) or f"{first_conv}.weight" not in tensors:
+        raise UserError(
+            f"the normalisation {config.input} cannot be folded: {config.name} has no single first convolution"
+        )
+    meta["conversions"].append(f"{first_conv}: input {config.input} -> {job.convention}")
+    return convert.fold_input(tensors, first_conv, config.input, job.convention)
+
+
 def _convert(job: Job, target: str, meta: dict[str, Any]) -> dict[str, Tensor]:
     """The trunk's tensors as the target wants them, in plain names; what was done goes into `meta`."""
     encoder, config = job.encoder, job.encoder.config
-    tensors = convert.plain_copy(encoder.trunk.state_dict())
-    if config.input != job.convention:
-        first_conv = encoder.trunk.pretrained_cfg.get("first_conv")
-        if not isinstance(first_conv, str) or f"{first_conv}.weight" not in tensors:
-            raise UserError(
-                f"the normalisation {config.input} cannot be folded: {config.name} has no single first convolution"
-            )
-        tensors = convert.fold_input(tensors, first_conv, config.input, job.convention)
-        meta["conversions"].append(f"{first_conv}: input {config.input} -> {job.convention}")
+    tensors = _fold_input(job, convert.plain_copy(encoder.trunk.state_dict()), meta)
     if target == "timm":
         plain = config.model_copy(update={"output_stride": 32})
         with torch.random.fork_rng(devices=[]):
@@ -202,9 +217,8 @@ def _convert(job: Job, target: str, meta: dict[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_resnet(path: Path, kind: ImageTarget, job: Job) -> dict[str, Any]:
-    """Read a file back, load it into torchvision's ResNet, compare."""
-    tensors = kind.read(path, job)
+def _check_resnet(tensors: dict[str, Tensor], path: Path, kind: ImageTarget, job: Job) -> dict[str, Any]:
+    """Load what was read back into torchvision's ResNet, compare."""
     network = verify.torchvision_resnet(job.name)
     verify.load_every_tensor(network, tensors, {"fc.weight", "fc.bias", *job.encoder.untrained})
     if kind is TARGETS["openpcdet"] and is_deeplab_place(job):
@@ -217,60 +231,8 @@ def _check_resnet(path: Path, kind: ImageTarget, job: Job) -> dict[str, Any]:
     }
 
 
-def _check_timm(path: Path, kind: ImageTarget, job: Job) -> dict[str, Any]:
+def _check_timm(tensors: dict[str, Tensor], path: Path, kind: ImageTarget, job: Job) -> dict[str, Any]:
     """Let timm load the folder, compare."""
-    target = verify.timm_levels(path, timm_extra_args(job), job.encoder, kind.read(path, job))
+    target = verify.timm_levels(path, timm_extra_args(job), job.encoder, tensors)
     result = verify.compare_features(job.encoder, target, job.convention)
     return result | {"built_with": f"timm {import_timm().__version__}", "dilation": "compared with the same dilation"}
-
-
-def _write_checked(
-    job: Job,
-    kind: ImageTarget,
-    tensors: dict[str, Tensor],
-    meta: dict[str, Any],
-    check: Callable[[Path], dict[str, Any]],
-    overwrite: bool,
-) -> Path:
-    """Write under a temporary name, check, write again with the result in it, read back once more, rename.
-
-    Returns:
-        The sidecar's path.
-    """
-    out = job.out
-    partial = out.with_name(f".{out.name}.partial")
-    sidecar = out / "metadata.json" if not kind.suffixes else out.with_name(f"{out.name}.json")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _remove(partial)
-        kind.write(partial, tensors, meta, job)
-        meta["verification"] = check(partial)
-        kind.write(partial, tensors, meta, job)
-        verify.same_tensors(kind.read(partial, job), tensors)
-        if kind.suffixes:
-            partial_sidecar = partial.with_name(f"{partial.name}.json")
-            partial_sidecar.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-            os.replace(partial_sidecar, sidecar)
-        elif overwrite:
-            _remove(out)
-        os.replace(partial, out)
-    except verify.ExportError as error:
-        raise verify.ExportError(f"the export failed its check, no file was written: {error}") from error
-    except (OSError, RuntimeError) as error:
-        if (
-            isinstance(error, RuntimeError)
-            and "cannot be opened" not in str(error)
-            and "Parent directory" not in str(error)
-        ):
-            raise
-        raise UserError(f"--out {out}: cannot be written ({error})") from error
-    finally:
-        _remove(partial)
-    return sidecar
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    elif path.exists():
-        path.unlink()

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import simipu3d
-from simipu3d.encoders.image import CAFFE_BGR_MEAN, IMAGENET_MEAN, IMAGENET_STD, ImageEncoder
+from simipu3d.encoders.image import CAFFE_BGR_MEAN, ImageEncoder
+from simipu3d.encoders.weight_folding import IMAGENET_MEAN, IMAGENET_STD
 
 FORMAT_VERSION = 1
 LICENCES = {
@@ -48,25 +49,20 @@ def licence_note(data: dict[str, Any]) -> str:
     return LICENCES.get(str(data.get("name")), "see the terms of the data that was used")
 
 
-def describe_image_export(
-    checkpoint: Path, run: dict[str, Any], encoder: ImageEncoder, convention: str, dropped: list[str]
-) -> dict[str, Any]:
-    """Metadata that every kind of image file shares.
+def describe_run(checkpoint: Path, run: dict[str, Any], branch: str) -> dict[str, Any]:
+    """Metadata that every exported file shares.
 
     Args:
         checkpoint: the run's checkpoint.
         run: what the run wrote about itself.
-        encoder: the pre-training side.
-        convention: normalisation that the file expects.
-        dropped: names of the run's image branch that were left out.
+        branch: image or points.
     """
     config = run["config"]
     data = config.get("data") if isinstance(config.get("data"), dict) else {}
     plain = json.dumps(config, sort_keys=True)
-    stage_strides = [level.stride for level in encoder.maps[: len(encoder.level_indices)]]
     return {
         "format_version": FORMAT_VERSION,
-        "branch": "image",
+        "branch": branch,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "simipu3d_version": simipu3d.__version__,
         "git_commit": run.get("git_commit"),
@@ -83,6 +79,24 @@ def describe_image_export(
         "config_sha256": hashlib.sha256(plain.encode()).hexdigest(),
         "datasets": [{"name": data.get("name"), "split": data.get("split"), "num_samples": run.get("num_samples")}],
         "licence": licence_note(data),
+        "conversions": [],
+    }
+
+
+def describe_image_export(
+    checkpoint: Path, run: dict[str, Any], encoder: ImageEncoder, convention: str, dropped: list[str]
+) -> dict[str, Any]:
+    """Metadata that every kind of image file shares.
+
+    Args:
+        checkpoint: the run's checkpoint.
+        run: what the run wrote about itself.
+        encoder: the pre-training side.
+        convention: normalisation that the file expects.
+        dropped: names of the run's image branch that were left out.
+    """
+    stage_strides = [level.stride for level in encoder.maps[: len(encoder.level_indices)]]
+    return describe_run(checkpoint, run, "image") | {
         "architecture": {
             "name": encoder.config.name,
             "model_args": dict(encoder.config.model_args),
@@ -93,7 +107,6 @@ def describe_image_export(
             "pad_multiple": encoder.pad_multiple,
         },
         "input": INPUTS[convention],
-        "conversions": [],
         "dropped": dropped,
         "untrained": list(encoder.untrained),
     }

@@ -4,10 +4,9 @@ A target wraps converted tensors (in torchvision's or timm's names) for one load
 back by that loader's own rule. The table is `TARGETS`.
 """
 
-import io
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from simipu3d.encoders.image import ImageEncoder
 from simipu3d.encoders.image_weights import read_torch_file, read_weights
 from simipu3d.errors import UserError
 from simipu3d.export.convert import add_prefix
+from simipu3d.export.files import entry, write_torch
 from simipu3d.export.metadata import model_card
 
 TORCHVISION_NAMES = ("resnet18", "resnet34", "resnet50", "resnet101")
@@ -45,12 +45,14 @@ class Job:
         prefix: what stands before the names, "" for none.
         encoder: the pre-training side.
         convention: the normalisation that the file expects.
+        microsoft: Microsoft's names for a Swin, which the target converts itself.
     """
 
     out: Path
     prefix: str
     encoder: ImageEncoder
     convention: str
+    microsoft: bool = False
 
     @property
     def name(self) -> str:
@@ -87,13 +89,6 @@ def is_deeplab_place(job: Job) -> bool:
     return job.prefix != "image_backbone."
 
 
-def _write_torch(path: Path, content: Any) -> None:
-    # Through memory: a full disk is then an OSError, not a RuntimeError from deep inside torch.
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    path.write_bytes(buffer.getvalue())
-
-
 def _no_prefix(prefix: str) -> None:
     if prefix:
         raise UserError(f"--prefix {prefix}: this target knows no prefixes; leave it out")
@@ -106,7 +101,7 @@ def _write_torchvision(path: Path, tensors: dict[str, Tensor], meta: dict[str, A
     if job.out.suffix == ".safetensors":
         path.write_bytes(safetensors.torch.save(tensors, metadata={"simipu3d": json.dumps(meta)}))
     else:
-        _write_torch(path, tensors)
+        write_torch(path, tensors)
 
 
 def _read_torchvision(path: Path, job: Job) -> dict[str, Tensor]:
@@ -183,7 +178,8 @@ def _use_timm(job: Job) -> list[str]:
 # -------------------------------------------------------------------------------------------------------- mmdet3d
 
 
-def _check_mmdet3d_prefix(prefix: str) -> None:
+def check_mmdet3d_prefix(prefix: str) -> None:
+    """Raise UserError for what cannot stand before mmdetection's names."""
     if not re.fullmatch(r"([A-Za-z_]\w*\.)+", prefix):
         raise UserError(
             f"--prefix {prefix}: expected the detector's name of its backbone with a dot, as img_backbone. or backbone."
@@ -191,24 +187,27 @@ def _check_mmdet3d_prefix(prefix: str) -> None:
 
 
 def _write_mmdet3d(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any], job: Job) -> None:
-    _write_torch(path, {"meta": meta, "state_dict": add_prefix(tensors, job.prefix)})
+    write_torch(path, {"meta": meta, "state_dict": add_prefix(tensors, job.prefix)})
 
 
 def _read_mmdet3d(path: Path, job: Job) -> dict[str, Tensor]:
-    state = _entry(read_torch_file(path, "--out"), "state_dict")
+    state = entry(read_torch_file(path, "--out"), "state_dict")
     return {name[len(job.prefix) :]: value for name, value in state.items() if name.startswith(job.prefix)}
+
+
+def mmdet3d_input(job: Job) -> str:
+    """The keys of mmdetection3d's data preprocessor that feed what the file expects."""
+    if job.convention == "caffe_bgr":
+        return "mean=[103.53, 116.28, 123.675], std=[1, 1, 1], bgr_to_rgb=False"
+    return "mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True"
 
 
 def _use_mmdet3d(job: Job) -> list[str]:
     init = f"init_cfg=dict(type='Pretrained', checkpoint='{job.out}', prefix='{job.prefix}')"
     part, depth = job.prefix.split(".")[-2], job.name.removeprefix("resnet")
-    if job.convention == "caffe_bgr":
-        pre = "mean=[103.53, 116.28, 123.675], std=[1, 1, 1], bgr_to_rgb=False"
-    else:
-        pre = "mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True"
     return [
         f"{part}=dict(type='mmdet.ResNet', depth={depth}, style='pytorch', frozen_stages=-1, ..., {init})",
-        f"data_preprocessor=dict(..., {pre})",
+        f"data_preprocessor=dict(..., {mmdet3d_input(job)})",
         f"or, for the whole detector: load_from = '{job.out}'",
     ]
 
@@ -225,18 +224,18 @@ def _check_openpcdet_prefix(prefix: str) -> None:
 def _write_openpcdet(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any], job: Job) -> None:
     if job.prefix:
         version = f"simipu3d {simipu3d.__version__}"
-        _write_torch(path, {"model_state": add_prefix(tensors, job.prefix), "version": version, "meta": meta})
+        write_torch(path, {"model_state": add_prefix(tensors, job.prefix), "version": version, "meta": meta})
         return
     # CaDDN reads a classifier without asking whether there is one, and drops it; Focals loads it and never runs it.
     classifier = {"classifier.4.weight": torch.zeros(21, 256, 1, 1), "classifier.4.bias": torch.zeros(21)}
-    _write_torch(path, {**add_prefix(tensors, "backbone."), **classifier})
+    write_torch(path, {**add_prefix(tensors, "backbone."), **classifier})
 
 
 def _read_openpcdet(path: Path, job: Job) -> dict[str, Tensor]:
     content = read_torch_file(path, "--out")
     prefix = job.prefix or "backbone."
     if job.prefix:
-        content = _entry(content, "model_state")
+        content = entry(content, "model_state")
     elif content["classifier.4.weight"].shape[0] != 21:
         raise UserError("the classifier that Focals Conv expects must have 21 classes")
     return {name[len(prefix) :]: value for name, value in content.items() if name.startswith(prefix)}
@@ -250,12 +249,6 @@ def _use_openpcdet(job: Job) -> list[str]:
     if job.name == "resnet50":
         lines.append(f"Focals Conv: MODEL.BACKBONE_3D.IMG_PRETRAIN: {job.out}")
     return lines
-
-
-def _entry(content: Any, key: str) -> Mapping[str, Tensor]:
-    if not isinstance(content, dict) or not isinstance(content.get(key), dict):
-        raise UserError(f"the file that was read back has no {key}")
-    return content[key]
 
 
 _RGB, _BOTH = ("imagenet_rgb",), ("imagenet_rgb", "caffe_bgr")
@@ -274,7 +267,7 @@ TARGETS = {
         "1.x fe25f7a, mmdet 3.3.0, mmengine 0.10.7",
         (".pth", ".pt"),
         "img_backbone.",
-        _check_mmdet3d_prefix,
+        check_mmdet3d_prefix,
         _BOTH,
         _write_mmdet3d,
         _read_mmdet3d,

@@ -29,10 +29,11 @@ class ExportError(UserError):
     """The exported file did not pass; no file is left."""
 
 
-def fixed_pictures(encoder: ImageEncoder) -> tuple[Tensor, Tensor]:
+def fixed_pictures(encoder: ImageEncoder, size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
     """Two pseudo-random pictures, always the same, the second one smaller and padded: (2, 3, H, W) uint8 and (2, 2)
     sizes."""
-    height, width = (-(-size // encoder.pad_multiple) * encoder.pad_multiple for size in ODD_SIZE)
+    own = tuple(-(-edge // encoder.pad_multiple) * encoder.pad_multiple for edge in ODD_SIZE)
+    height, width = size or own
     images = torch.randint(
         0, 256, (2, 3, height, width), generator=torch.Generator().manual_seed(20), dtype=torch.uint8
     )
@@ -142,8 +143,34 @@ def timm_levels(
     return lambda images: forward_levels(network, images, encoder.level_indices)
 
 
+def largest_difference(wanted: Tensor, given: Tensor, what: str) -> float:
+    """Largest difference of two outputs, relative to the largest value.
+
+    Args:
+        wanted: of the pre-training network.
+        given: of the target's network.
+        what: the output, for errors.
+
+    Raises:
+        ExportError: another shape, constant zero, or a difference of more than `TOLERANCE`.
+    """
+    if wanted.shape != given.shape:
+        raise ExportError(f"{what}: {tuple(wanted.shape)} came out as {tuple(given.shape)}")
+    scale = wanted.abs().max().item()
+    if scale == 0:
+        raise ExportError(f"{what} is zero everywhere, so nothing can be compared")
+    difference = (wanted - given).abs().max().item() / scale
+    if not difference <= TOLERANCE:  # NaN fails too
+        raise ExportError(f"{what} differs by {difference:.2g} of its maximum (allowed {TOLERANCE:g})")
+    return difference
+
+
 def compare_features(
-    encoder: ImageEncoder, target: Callable[[Tensor], list[Tensor]], convention: str
+    encoder: ImageEncoder,
+    target: Callable[[Tensor], list[Tensor]],
+    convention: str,
+    count: int | None = None,
+    size: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Same pictures through the pre-training network and through the exported one.
 
@@ -151,6 +178,8 @@ def compare_features(
         encoder: the pre-training side, eval mode.
         target: pictures as the target wants them to maps, finest first; at least the encoder's levels.
         convention: the target's normalisation.
+        count: how many of the maps; None: all.
+        size: height and width of the pictures; None: odd ones, where the encoder takes them.
 
     Returns:
         What was compared and the largest difference, plain values for the metadata.
@@ -158,24 +187,13 @@ def compare_features(
     Raises:
         ExportError: a map has another shape, is constant zero, or differs by more than `TOLERANCE`.
     """
-    images, image_size = fixed_pictures(encoder)
+    images, image_size = fixed_pictures(encoder, size)
     with torch.no_grad():
-        trained = encoder(encoder.normalise(images, image_size))[: len(encoder.level_indices)]
+        trained = encoder(encoder.normalise(images, image_size))[: count or len(encoder.level_indices)]
         exported = target(target_input(images, image_size, convention))[: len(trained)]
     worst = 0.0
     for wanted, given in zip(trained, exported, strict=True):
-        if wanted.features.shape != given.shape:
-            raise ExportError(f"a map of {tuple(wanted.features.shape)} came out as {tuple(given.shape)}")
-        scale = wanted.features.abs().max().item()
-        if scale == 0:
-            raise ExportError(f"the map of stride {wanted.stride} is zero everywhere, so nothing can be compared")
-        difference = (wanted.features - given).abs().max().item() / scale
-        if not difference <= TOLERANCE:  # NaN fails too
-            raise ExportError(
-                f"features at stride {wanted.stride} differ by {difference:.2g} of their maximum "
-                f"(allowed {TOLERANCE:g})"
-            )
-        worst = max(worst, difference)
+        worst = max(worst, largest_difference(wanted.features, given, f"the map of stride {wanted.stride}"))
     return {
         "compared": "feature maps of the pre-training network and of the file read back into the target's network",
         "picture_size": list(images.shape[2:]),
