@@ -5,6 +5,7 @@ the backbone must come from the file with its shape, and the report names what w
 """
 
 import pickle
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -70,7 +71,9 @@ def read_torch_file(path: Path, what: str) -> Any:
     if not path.is_file():
         raise UserError(f"{what}: {path}: no such file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # about pickle protocols, which a damaged file has at random
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error) and ("GLOBAL" in str(error) or "Unsupported" in str(error)):
             raise UserError(

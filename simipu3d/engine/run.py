@@ -89,7 +89,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     own = checkpoint.get("simipu3d") if isinstance(checkpoint, dict) else None
     if not isinstance(own, dict) or RUN_KEYS - own.keys() or "state_dict" not in checkpoint:
         raise UserError(
-            f"{path}: not a checkpoint of simipu3d pretrain; weights of other origin go into image_encoder.pretrained"
+            f"{path}: not a checkpoint of simipu3d pretrain; weights of other origin go to --init or image_encoder.pretrained"
         )
     return checkpoint
 

@@ -21,16 +21,6 @@ class Layer:
     aggregation: int | None
 
 
-def farthest_points(xyz: Tensor, count: int) -> Tensor:
-    """(count,) rows of the farthest points of (N, 3), row 0 first; ties go to the lowest row."""
-    nearest = torch.full((len(xyz),), 1e10)
-    rows = [0]
-    while len(rows) < min(count, len(xyz)):
-        nearest = torch.minimum(nearest, (xyz - xyz[rows[-1]]).square().sum(1))
-        rows.append(int(nearest.argmax()))
-    return torch.tensor(rows)
-
-
 def neighbours(xyz: Tensor, centres: Tensor, shell: tuple[float, float, int]) -> Tensor:
     """(M, K) the first K rows inside the shell, in their order; empty slots repeat the first."""
     inner, outer, count = shell
