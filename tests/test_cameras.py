@@ -154,6 +154,19 @@ def test_the_pairs_of_one_token_are_no_negatives_of_each_other(mask_duplicates, 
     assert float(info_nce(*embedded.inter, 0.07).loss) > float(torch.stack(losses).mean())
 
 
+def test_kept_tokens_that_nothing_shows_stand_in_one_row_each():
+    """`invisible: keep` with many cameras: visible pairs, and one row of a zero feature for every token without any."""
+    batch = collate_frames(ragged())
+    masked = small_method().eval().embed(batch)
+    kept = small_method(matching={"invisible": "keep"}).eval().embed(batch)
+    assert masked.pixels.visible.sum() == len(masked.used.token) == kept.used.visible.sum()
+    unseen = kept.used.token[~kept.used.visible]
+    assert len(unseen) == len(unseen.unique()) > 5
+    with_images = torch.isin(kept.tokens[0].batch_index, batch.images.batch_index).nonzero().squeeze(1)
+    assert sorted({*kept.used.token.tolist()}) == with_images.tolist()
+    assert not set(unseen.tolist()) & set(masked.used.token.tolist())
+
+
 def test_a_camera_beside_the_others_changes_no_pixel_of_theirs():
     frame = rig_frame(5, ("front", "left"))
     still = AUGMENT.model_copy(update={"images": ImageAugmentConfig(resize=None, flip_probability=0)})

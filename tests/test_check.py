@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from custom_rig import write_sequence
 from helpers import CAMERA_FROM_LIDAR, COLUMNS, street
 
 from simipu3d.contracts.frame import Boxes, Frame
@@ -87,6 +88,15 @@ PROBLEMS = {
     ),
     "mirror": (with_camera(camera_from_lidar=np.diag([-1.0, 1, 1, 1]) @ CAMERA_FROM_LIDAR), ["mirrors"]),
     "projection": (with_camera(image_from_camera=np.zeros((3, 4))), ["focal lengths 0 and 0"]),
+    "inverted pose": (
+        with_camera(camera_from_lidar=np.block([[CAMERA_FROM_LIDAR[:3, :3], np.full((3, 1), 600.0)], [0, 0, 0, 1]])),
+        ["front: is 1039 m from the lidar by camera_from_lidar"],
+    ),
+    "transposed": (
+        with_camera(image_from_camera=np.column_stack([sound().cameras[0].image_from_camera[:, :3].T, np.zeros(3)])),
+        ["front: image_from_camera has the last row [47.5, 31.5, 1.0, 0.0], which must begin with 0, 0, 1"],
+    ),
+    "degrees": (moved_box(yaw=np.array([90.0])), ["the yaw of 1 of 1 boxes is beyond a full turn, up to 90"]),
     "late": (with_camera(timestamp=3.0), ["front: was exposed +3.00 s from"]),
     "world": (sound(world_from_lidar=np.ones((4, 4))), ["world_from_lidar has the last row"]),
     "empty box": (
@@ -184,6 +194,26 @@ def test_spread_indices(number, total):
     assert sorted(set(indices)) == indices
     assert number < 2 or (indices[0], indices[-1]) == (0, total - 1)
     assert (frame_count("all"), frame_count("12")) == (0, 12)
+
+
+def test_what_filters_or_the_first_missing_file_hide_is_told(tmp_path, capsys):
+    """Far points that the frustum takes away, and every file that is not there, though a run would not start."""
+    frames = [replace(sound(number, frame_id=f"{number}"), boxes=None) for number in range(5)]
+    points = frames[0].points.copy()
+    points[4, 0] = 2000.0
+    write_sequence(tmp_path / "drive", [replace(frames[0], points=points), *frames[1:]], posed=False)
+    for number in (2, 3):
+        (tmp_path / f"drive/front/{number}.png").unlink()
+    config = "configs/simipu/custom.yaml"
+    parts = [f"{{name: custom, root: {tmp_path}, features: [intensity], frustum: true}}"]
+    for sets in ([f"data.root={tmp_path}"], ["data.name=mixed", f"data.sets=[{parts[0]}]"]):
+        assert inspect_data.main(["--cfg", config, "--set", *sets, "data.num_workers=0", "--check", "all"]) == 2
+        captured = capsys.readouterr()
+        lines = captured.out.splitlines()
+        assert "1 of 100 points are farther than 500 m, up to 2000 m" in lines[0]
+        assert "front/2.png: no such file" in lines[1]
+        assert "front/3.png: no such file" in lines[2]
+        assert captured.err.splitlines() == ["error: 3 problems in 5 frames, listed above"], "no progress bar in a log"
 
 
 def test_the_tool_says_how_it_went(tmp_path, capsys, monkeypatch):

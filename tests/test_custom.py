@@ -219,6 +219,16 @@ JSON_DAMAGES = {
         lambda raw: raw["cameras"][0].update(image_from_camera=[[0, 0, 1], [0, 1, 1], [0, 0, 1]]),
         ("focal lengths must be positive",),
     ),
+    "transposed intrinsics": (
+        lambda raw: raw["cameras"][0].update(image_from_camera=[[60, 0, 0], [0, 60, 0], [32, 16, 1]]),
+        ("cameras.0.image_from_camera: its last row must begin with 0, 0, 1, is [32.0, 16.0, 1.0",),
+    ),
+    "words for numbers": (
+        lambda raw: raw["cameras"][0].update(image_from_camera=[["60", "0", "32"], ["0", "60", "16"], ["0", "0", "1"]]),
+        ("cameras.0.image_from_camera: must be 3 x 3 or 3 x 4 numbers, as a list of rows",),
+    ),
+    "zero byte": (lambda raw: raw["frames"][0].update(points="a\0.bin"), ("frames.0.points: a file's path",)),
+    "version true": (lambda raw: raw.update(version=True), ("version: must be 1, is True",)),
     "distortion of four": (lambda raw: raw["cameras"][0].update(distortion=[1, 2, 3, 4]), ("must be 5 numbers",)),
     "two of one name": (lambda raw: raw["cameras"][1].update(name="front"), ("cameras: two have one name",)),
     "no such camera": (
@@ -271,10 +281,23 @@ def test_a_wrong_sequence_is_one_clear_line(rig, name):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"version": 1', "\x00", "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", '{"version": 1', "\x00", "[" * 100_000, '{"version": %s}' % ("9" * 5000)]
+)
 def test_what_is_no_json_is_one_clear_line(rig, text):
     (rig / "only/sequence.json").write_text(text)
     with pytest.raises(UserError, match=r"only/sequence\.json: ") as error:
+        open_custom(rig)
+    assert "\n" not in str(error.value)
+
+
+def test_all_wrong_sequences_are_named(rig):
+    for name in ("second", "third"):
+        (rig / name).mkdir()
+        (rig / name / "sequence.json").write_text("{}")
+    with pytest.raises(
+        UserError, match=r"second/sequence\.json: version: .*; 1 further sequences are wrong: third"
+    ) as error:
         open_custom(rig)
     assert "\n" not in str(error.value)
 

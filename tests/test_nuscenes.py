@@ -29,11 +29,12 @@ from PIL import Image
 
 from simipu3d.config import parse_part
 from simipu3d.data.module import build_reader
-from simipu3d.data.readers import nuscenes_tables
+from simipu3d.data.readers import nuscenes_rows
 from simipu3d.data.readers.nuscenes import CAMERAS
 from simipu3d.data.readers.nuscenes_boxes import read_annotations
+from simipu3d.data.readers.nuscenes_rows import read_rows
 from simipu3d.data.readers.nuscenes_splits import SPLITS
-from simipu3d.data.readers.nuscenes_tables import pose_matrix, read_rows
+from simipu3d.data.readers.nuscenes_tables import pose_matrix
 from simipu3d.engine.pretrain import pretrain
 from simipu3d.errors import BadFrameError, UserError
 from simipu3d.geometry.boxes import box_corners, points_in_boxes
@@ -301,7 +302,7 @@ def test_splits_and_lists(drive, tmp_path):
 
 @pytest.mark.parametrize("indent", [None, 0, 2])
 def test_a_table_is_read_in_pieces_as_it_is_whole(tmp_path, monkeypatch, indent):
-    monkeypatch.setattr(nuscenes_tables, "CHUNK", 400)
+    monkeypatch.setattr(nuscenes_rows, "CHUNK", 400)
     rng = np.random.default_rng(0)
     rows = [
         {"token": f"{n}]{{,", "b": rng.normal(size=3).tolist(), "c": "é" * int(rng.integers(0, 20))} for n in range(50)
@@ -399,6 +400,18 @@ TABLE_DAMAGES = {
     "unknown category": (one("instance", "category_token", "k-none"), ("instance.json", "k-none")),
     "unknown attribute": (one("sample_annotation", "attribute_tokens", ["a-none"]), ("a-none is not in attribute",)),
     "unknown neighbour": (one("sample_annotation", "prev", "b-none"), ("sample_annotation.json", "b-none")),
+    "size of NaN": (
+        one("sample_annotation", "size", [float("nan"), 1.0, 1.0]),
+        ("sample_annotation.json", "size [nan"),
+    ),
+    "a number for a token": (one("sample", "token", [1], 0), ("sample.json: row 0: token is [1], must be text",)),
+    "null for a name": (
+        one("sample_data", "filename", None, 3),
+        ("sample_data.json: row 3: filename is null, must be text",),
+    ),
+    "a word for a height": (one("sample_data", "height", "9", 0), ('height is "9", must be an integer or null',)),
+    "null for attributes": (one("sample_annotation", "attribute_tokens", None), ("is null, must be a list",)),
+    "null for a count": (one("sample_annotation", "num_lidar_pts", None), ("is null, must be an integer",)),
     "size of zero": (one("sample_annotation", "size", [1.0, 0.0, 1.0]), ("sample_annotation.json", "size [1.0, 0.0")),
 }
 

@@ -15,7 +15,7 @@ from rich.progress import track
 
 from simipu3d.command_line import add_config_arguments, print_table, run
 from simipu3d.data import module
-from simipu3d.data.check import check_frames, collect, frame_count, spread_indices, summary
+from simipu3d.data.check import as_on_disk, check_frames, collect, frame_count, spread_indices, summary
 from simipu3d.engine.settings import load_data_config
 from simipu3d.errors import BadFrameError, UserError
 from simipu3d.pictures.frames import FrameFacts, write_pages
@@ -24,7 +24,7 @@ from simipu3d.pictures.frames import FrameFacts, write_pages
 def inspect(args: argparse.Namespace) -> None:
     """Write the pages and print the table, or check frames."""
     config = load_data_config(args.cfg, args.set)
-    reader = module.build_reader(config)
+    reader = module.build_reader(config if args.check is None else as_on_disk(config))
     title = f"{config.name}, split {config.split}: {len(reader)} frames"
     if args.num < 1 or len(reader) == 0:
         raise UserError(f"nothing to read: --num is {args.num}, and split {config.split} has {len(reader)} frames")
@@ -52,7 +52,8 @@ def check(reader: module.FrameReader, number: int, num_workers: int, title: str)
     """Read frames, print every problem and a summary; problems are an error."""
     indices = spread_indices(number, len(reader))
     console = Console(stderr=True)
-    checks = track(check_frames(reader, indices, num_workers), "checking", len(indices), console=console)
+    checks = check_frames(reader, indices, num_workers)
+    checks = track(checks, "checking", len(indices), console=console, disable=not console.is_terminal)
     report = collect(list(checks))
     for problem in report.problems:
         print(problem)

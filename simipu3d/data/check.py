@@ -6,6 +6,7 @@ checked where it was read (a worker process), what frames say about each other a
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,9 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from simipu3d.contracts.frame import Boxes, Camera, Frame, FrameReader
+from simipu3d.data.config import DataConfig
 from simipu3d.data.module import start_worker
+from simipu3d.data.readers.mixed import MixedConfig
 from simipu3d.errors import BadFrameError
 from simipu3d.geometry.boxes import points_in_boxes
 from simipu3d.geometry.camera import project_points
@@ -22,12 +25,16 @@ FARTHEST = 500.0
 """A point farther away than this, metres, is implausible: no lidar of a car measures so far."""
 NEAREST = 1.0
 """If nearly all points lie nearer than this, metres, the unit is probably another one."""
+FARTHEST_CAMERA = 30.0
+"""A camera farther from its lidar than this, metres, is not on the same car: a pose is inverted, or in another unit."""
 LATEST = 0.5
 """Seconds between scan and exposure beyond which an image does not belong to its scan."""
 GAP = 3.0
 """Frames of a sequence that are this many times as far apart as usual have a gap between them."""
 FEW = 5
 """A box that is said to hold fewer points than this may hold none: range noise carries some out of it."""
+UNFILTERED = {"point_range": None, "frustum": False}
+"""Keys of readers that take points away, at the values that take none."""
 SKEW = 1e-3
 """How far R R^T of a rotation R may be from the identity; calibrations are printed with few digits."""
 
@@ -73,6 +80,17 @@ class _Checked(Dataset[FrameCheck]):
 
     def __getitem__(self, index: int) -> FrameCheck:
         return check_frame(self.reader, index)
+
+
+def as_on_disk(config: DataConfig) -> DataConfig:
+    """The same data set with nothing kept back: no filter hides points, and frames that lack a file are told one by one,
+    however many they are."""
+    changes: dict[str, Any] = {"max_bad_fraction": 1.0}
+    changes |= {key: value for key, value in UNFILTERED.items() if key in type(config).model_fields}
+    if isinstance(config, MixedConfig):
+        sets = (entry.model_copy(update={"data": as_on_disk(entry.data)}) for entry in config.sets)
+        changes["sets"] = tuple(sets)
+    return config.model_copy(update=changes)
 
 
 def spread_indices(number: int, num_frames: int) -> list[int]:
@@ -187,11 +205,17 @@ def _calibration_problems(camera: Camera) -> list[str]:
     problems = []
     if wrong := _pose_problem(camera.camera_from_lidar):
         problems.append(f"camera_from_lidar {wrong}")
+    elif (distance := np.linalg.norm(camera.camera_from_lidar[:3, 3])) > FARTHEST_CAMERA:
+        problems.append(
+            f"is {distance:.0f} m from the lidar by camera_from_lidar; is a pose inverted, or of another time or unit?"
+        )
     matrix = camera.image_from_camera
     if matrix.shape != (3, 4) or not np.isfinite(matrix).all():
         problems.append(f"image_from_camera must be a finite 3 x 4 matrix, is {' x '.join(map(str, matrix.shape))}")
     elif not (matrix[0, 0] > 0 and matrix[1, 1] > 0):
         problems.append(f"image_from_camera has focal lengths {matrix[0, 0]:.4g} and {matrix[1, 1]:.4g}")
+    elif not np.array_equal(matrix[2, :3], (0, 0, 1)):
+        problems.append(f"image_from_camera has the last row {matrix[2].tolist()}, which must begin with 0, 0, 1")
     return problems
 
 
@@ -221,6 +245,10 @@ def _box_problems(boxes: Boxes, points: NDArray[np.float32]) -> Iterator[str]:
     sound = np.isfinite(values).all(axis=1) & (boxes.size > 0).all(axis=1)
     if not sound.all():
         yield f"{int((~sound).sum())} of {len(boxes)} boxes are not finite or have no size"
+    turned = sound & (np.abs(boxes.yaw) > 2 * np.pi)
+    if turned.any():
+        largest = np.abs(boxes.yaw[turned]).max()
+        yield f"the yaw of {int(turned.sum())} of {len(boxes)} boxes is beyond a full turn, up to {largest:.4g} radians"
     xyz = points[np.isfinite(points).all(axis=1), :3]
     if not len(xyz):
         return

@@ -35,6 +35,17 @@ class PixelPairs(NamedTuple):
         """Only the pairs that may enter a loss."""
         return PixelPairs(*(values[self.visible] for values in self))
 
+    def where_visible_or_unseen(self, camera_index: Tensor) -> "PixelPairs":
+        """The visible pairs, and one for every token that no image of its frame shows: that with the frame's first.
+
+        Args:
+            camera_index: (I,) `ImageView.camera_index`.
+        """
+        seen = self.token.new_zeros(int(self.token.max()) + 1 if len(self.token) else 0, dtype=torch.bool)
+        seen[self.token[self.visible]] = True
+        kept = self.visible | (~seen[self.token] & (camera_index[self.image] == 0))
+        return PixelPairs(*(values[kept] for values in self))
+
 
 @torch.no_grad()
 def project_tokens(xyz: Tensor, batch_index: Tensor, images: ImageView, *, min_depth: float = MIN_DEPTH) -> PixelPairs:

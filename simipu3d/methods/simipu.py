@@ -55,7 +55,8 @@ class MatchingConfig(PartConfig):
     grid: Literal["exact", "own_padded_size"] = "exact"
     """Where on the map a pixel is read: (u - offset) / stride, or the released code's formula (see simipu3d.matching)."""
     invisible: Literal["mask", "keep"] = "mask"
-    """Tokens that no image shows: left out of the inter-modal loss, or kept (with a zero feature) as released."""
+    """Tokens that no image shows: left out of the inter-modal loss, or kept (with a zero feature, one row each,
+    however many cameras a frame has) as released."""
     min_depth: PositiveFloat = MIN_DEPTH
     """Nearer to the camera than this, metres, nothing is visible."""
 
@@ -208,7 +209,9 @@ class SimIPU(nn.Module):
         pixels, used, maps = None, None, None
         if self.uses_inter:
             pixels = project_tokens(xyz, tokens.batch_index, batch.images, min_depth=self.config.matching.min_depth)
-            used = pixels.where_visible() if self.config.matching.invisible == "mask" else pixels
+            used = pixels.where_visible()
+            if self.config.matching.invisible == "keep":
+                used = pixels.where_visible_or_unseen(batch.images.camera_index)
             maps = self.image_encoder(self.image_encoder.normalise(batch.images.images, batch.images.image_size))
             if len(used.token) < 2:
                 used = PixelPairs(*(values[:0] for values in used))

@@ -115,7 +115,8 @@ def _rig_rows(frame: Frame, max_depth: float) -> list[list[tuple[str, Picture]]]
         names.append(f"{camera.name}: {_share_seen(camera, frame):.1%} of the points{when}")
     caption = f"points, red near, blue at {max_depth:.0f} m and beyond"
     caption += "" if frame.boxes is None else "; boxes, front crossed"
-    kinds = [(caption, [_points_and_boxes(camera, frame, max_depth) for camera in frame.cameras])]
+    widest = max(580, *(camera.image.shape[1] for camera in frame.cameras))
+    kinds = [(caption, [_points_and_boxes(camera, frame, max_depth, widest) for camera in frame.cameras])]
     if all(camera.depth is not None for camera in frame.cameras):
         maps = [depth_as_colours(camera.depth, max_depth) for camera in frame.cameras]
         kinds.append(("depth, same colours", maps))
@@ -124,9 +125,9 @@ def _rig_rows(frame: Frame, max_depth: float) -> list[list[tuple[str, Picture]]]
     return [[(caption, mosaic(pictures, names)[0])] for caption, pictures in kinds]
 
 
-def _points_and_boxes(camera: Camera, frame: Frame, max_depth: float) -> Picture:
-    """Both on one image, which is enlarged if it is small."""
-    image = enlarge(camera.image, fitting_scale(camera.image, 580))
+def _points_and_boxes(camera: Camera, frame: Frame, max_depth: float, widest: int) -> Picture:
+    """Both on one image, which is enlarged if it is small beside the `widest` of its frame, pixels."""
+    image = enlarge(camera.image, fitting_scale(camera.image, widest))
     matrix = resize_matrix(camera.image.shape[:2], image.shape[:2]).numpy() @ camera.image_from_camera
     large = replace(camera, image=image, image_from_camera=matrix)
     width = image.shape[1] / 400  # the page shows a third of it or less
@@ -228,8 +229,11 @@ def views_page(batch: Batch) -> Picture:
         names = [batch.images.camera_names[image] for image in group]
         pictures = []
         for name, view in (("first", first), ("second", second)):
-            scales = [max(1, 850 // int(batch.images.image_size[image, 1])) for image in group]
-            drawn = [overlay_view(view, batch.images, image, scale=min(scales)) for image in group]
+            widths = batch.images.image_size[group, 1].tolist()
+            scales = [max(850, *widths) // width for width in widths]
+            drawn = [
+                overlay_view(view, batch.images, image, scale=scale) for image, scale in zip(group, scales, strict=True)
+            ]
             pictures.append((f"augmented {', '.join(names)}: points of the {name} view", mosaic(drawn, names)[0]))
         rows.extend([("", [picture]) for picture in pictures] if len(group) > 1 else [("", pictures)])
     return page(rows)

@@ -77,7 +77,7 @@ class CustomReader:
     def __init__(self, config: CustomConfig):
         self.config = config
         self.point_columns = ("x", "y", "z", *config.features)
-        self.sequences = {name: self._open(name) for name in _listed_sequences(config)}
+        self.sequences = self._open_all(_listed_sequences(config))
         frames = [(name, frame) for name, sequence in self.sequences.items() for frame in sequence.frames]
         self.frames = [(name, frame) for name, frame in frames if self._images(frame)]
         self._check_cameras()
@@ -109,6 +109,22 @@ class CustomReader:
             intensity_scale=sequence.points.intensity_scale,
             boxes=_boxes(frame.boxes) if self.config.load_boxes and frame.boxes is not None else None,
         )
+
+    def _open_all(self, names: list[str]) -> dict[str, SequenceModel]:
+        """Every sequence; of several that are wrong the first is explained and the others are named."""
+        sequences: dict[str, SequenceModel] = {}
+        wrong: dict[str, UserError] = {}
+        for name in names:
+            try:
+                sequences[name] = self._open(name)
+            except UserError as error:
+                wrong[name] = error
+        if wrong:
+            (_, *others), error = wrong, next(iter(wrong.values()))
+            if not others:
+                raise error
+            raise UserError(f"{error}; {len(others)} further sequences are wrong: {', '.join(others)}") from error
+        return sequences
 
     def _open(self, name: str) -> SequenceModel:
         path = self.config.root / name / "sequence.json"

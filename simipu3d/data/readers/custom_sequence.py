@@ -24,15 +24,18 @@ SKEW = 1e-3
 def _numbers(value: Any, *shapes: tuple[int, ...]) -> NDArray[np.float64]:
     """A list of numbers, or of rows of numbers, as an array of one of the shapes."""
     wanted = " or ".join(" x ".join(map(str, shape)) for shape in shapes)
+    form = "as a list" if len(shapes[0]) == 1 else "as a list of rows"
     try:
-        array = np.array(value, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise ValueError(f"must be {wanted} numbers, as a list of rows") from None
+        array = np.array(value)
+    except ValueError:  # rows of different lengths
+        array = np.array(None)
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"must be {wanted} numbers, {form}")
     if array.shape not in shapes:
         raise ValueError(f"must be {wanted} numbers, is {' x '.join(map(str, array.shape)) or 'one number'}")
     if not np.isfinite(array).all():
         raise ValueError("must be finite")
-    return array
+    return array.astype(np.float64)
 
 
 def _rigid(value: Any) -> NDArray[np.float64]:
@@ -54,12 +57,17 @@ def _projection(value: Any) -> NDArray[np.float64]:
     matrix = _numbers(value, (3, 3), (3, 4))
     if not (matrix[0, 0] > 0 and matrix[1, 1] > 0):
         raise ValueError(f"focal lengths must be positive, are {matrix[0, 0]:g} and {matrix[1, 1]:g}")
+    if not np.array_equal(matrix[2, :3], (0, 0, 1)):
+        # A transposed matrix would project into the image too, and depth would be no metres.
+        raise ValueError(
+            f"its last row must begin with 0, 0, 1, is {matrix[2].tolist()}; rows, not columns, are listed"
+        )
     return np.column_stack([matrix, np.zeros(3)]) if matrix.shape == (3, 3) else matrix
 
 
 def _below_the_sequence(name: str) -> str:
     path = Path(name)
-    if not name or path.is_absolute() or ".." in path.parts:
+    if not name or "\0" in name or path.is_absolute() or ".." in path.parts:
         raise ValueError(f"a file's path is relative to the sequence's folder and stays inside it, got {name!r}")
     return name
 
@@ -220,11 +228,11 @@ def read_sequence(path: Path) -> SequenceModel:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
         raise UserError(f"{path}: is not valid JSON: {error}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path}: must hold one JSON object, holds {type(raw).__name__}; {MANUAL}")
-    if raw.get("version") != 1:
+    if raw.get("version") != 1 or isinstance(raw["version"], bool):
         raise UserError(f"{path}: version: must be 1, is {raw.get('version')!r}; {MANUAL}")
     try:
         return parse_block("", SequenceModel, raw)

@@ -22,8 +22,8 @@ def read_bytes(path: Path) -> bytes:
         content = path.read_bytes()
     except FileNotFoundError:
         raise BadFrameError(f"{path}: no such file; {WAY_OUT}") from None
-    except OSError as error:
-        raise BadFrameError(f"{path}: cannot be read ({error.strerror}); {WAY_OUT}") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that cannot be one of a file, with a zero byte in it
+        raise BadFrameError(f"{path}: cannot be read ({getattr(error, 'strerror', error)}); {WAY_OUT}") from error
     if not content:
         raise BadFrameError(f"{path}: the file is empty; {WAY_OUT}")
     return content

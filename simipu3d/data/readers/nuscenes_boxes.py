@@ -5,6 +5,7 @@ that turns its length axis x; velocities follow from its neighbours in time. Ins
 height) and yaw counter-clockwise from +x. Shapes: N annotations of all frames, K of one.
 """
 
+import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simipu3d.contracts.frame import Boxes
-from simipu3d.data.readers.nuscenes_tables import WAY_OUT, check_pose, pose_matrix, read_rows
+from simipu3d.data.readers.nuscenes_rows import WAY_OUT, read_rows
+from simipu3d.data.readers.nuscenes_tables import check_pose, pose_matrix
 from simipu3d.errors import UserError
 
 DETECTION_CLASSES = {
@@ -125,12 +127,12 @@ def read_annotations(
         if sample not in frame_of:
             continue
         check_pose(path, token, translation, rotation)
-        if len(size) != 3 or min(size) <= 0:
+        if len(size) != 3 or not all(type(edge) in (int, float) and 0 < edge < math.inf for edge in size):
             raise UserError(f"{path}: token {token}: size {size} is no width, length and height above 0; {WAY_OUT}")
         geometry.extend((*translation, *size, *rotation))
         integers.extend((frame_of[sample], num_points))
         integers.append(instances.setdefault(instance, len(instances)))
-        integers.append(attributes.setdefault(tuple(own), len(attributes)))
+        integers.append(attributes.setdefault(tuple(map(str, own)), len(attributes)))
         integers.extend(token_ids.setdefault(word, len(token_ids)) for word in (token, before, after))
     if is_empty:
         return None

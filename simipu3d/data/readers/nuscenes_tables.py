@@ -9,26 +9,20 @@ own time, calibrated_sensor is sensor to ego. Timestamps are integer microsecond
 S sensors.
 """
 
-import json
-import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from simipu3d.data.readers.nuscenes_rows import WAY_OUT, read_rows
 from simipu3d.errors import UserError
 
 LIDAR = "LIDAR_TOP"
-CHUNK = 1 << 22
-"""Characters of a table that are in memory at a time; no row is nearly as long."""
 MAX_OFFSET = 500_000
 """A camera's key frame is at most this far from its sample's time, microseconds; key frames are as far apart."""
-SEPARATORS = re.compile(r"[\s,]*")
-WAY_OUT = "unpack the release's metadata archive again"
 
 SENSOR_COLUMNS = ("token", "sensor_token", "translation", "rotation", "camera_intrinsic")
 SAMPLE_COLUMNS = ("token", "timestamp", "next", "scene_token")
@@ -36,58 +30,6 @@ RECORD_COLUMNS = (
     *("token", "sample_token", "ego_pose_token", "calibrated_sensor_token"),
     *("timestamp", "is_key_frame", "height", "width", "filename", "prev"),
 )
-
-
-def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-    """The values of at least two `columns`, row after row of one table, without holding the table.
-
-    Raises:
-        UserError: the file is missing, is no table, ends too early, or a row lacks a column.
-    """
-    pick = itemgetter(*columns)
-    for number, row in enumerate(_objects(path)):
-        try:
-            yield pick(row)
-        except (KeyError, TypeError):
-            found = ", ".join(row) if isinstance(row, dict) else repr(row)[:60]
-            raise UserError(
-                f"{path}: row {number} lacks a column of {', '.join(columns)} (it has {found}); {WAY_OUT}"
-            ) from None
-
-
-def _objects(path: Path) -> Iterator[Any]:
-    """The elements of the JSON list that a file holds."""
-    decode = json.JSONDecoder().raw_decode
-    try:
-        with path.open(encoding="utf-8") as file:
-            text, place, is_last = file.read(CHUNK), 0, False
-            start = text.find("[")
-            if start < 0 or text[:start].strip():
-                raise UserError(f"{path}: is no nuScenes table, which is a JSON list of rows; {WAY_OUT}")
-            place = start + 1
-            while True:
-                place = SEPARATORS.match(text, place).end()
-                if text[place : place + 1] == "]":
-                    return
-                try:
-                    row, place = decode(text, place)
-                except json.JSONDecodeError as error:
-                    if is_last or len(text) - place > CHUNK:
-                        raise UserError(
-                            f"{path}: ends too early or is damaged near {text[place : place + 50].split()} "
-                            f"({error.msg}); {WAY_OUT}"
-                        ) from None
-                    more = file.read(CHUNK)
-                    text, place, is_last = text[place:] + more, 0, not more
-                    continue
-                yield row
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such table; data.root and data.version must name a folder of the nuScenes download, like "
-            f"v1.0-trainval; {WAY_OUT}"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {WAY_OUT}") from error
 
 
 def pose_matrix(translation: Sequence[float] | NDArray, quaternion: Sequence[float] | NDArray) -> NDArray[np.float64]:
