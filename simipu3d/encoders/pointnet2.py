@@ -155,7 +155,10 @@ class PointNet2Config(PartConfig):
     @model_validator(mode="after")
     def _check(self) -> "PointNet2Config":
         if self.layers is not None and self.size != "released":
-            raise ValueError("layers take the place of the size's; leave size out, or layers")
+            raise ValueError(
+                f"size: {self.size} and layers (perhaps a base file's) exclude each other; set layers: null, or leave size "
+                "out"
+            )
         return self
 
     @property
