@@ -26,13 +26,11 @@ class Case:
     Attributes:
         block: its `point_encoder:` block without the name.
         order_free: the order of a scene's points changes no token (false where sampling begins at the first point).
-        float64: it computes in float64 when it and its points are float64.
         on_points: every token sits on a raw point (`source_index`), at exactly its place.
     """
 
     block: dict
     order_free: bool = True
-    float64: bool = True
     on_points: bool = False
 
 
@@ -50,14 +48,13 @@ LAYERS = [
 ]
 TORCH = {"sparse_backend": "torch"}
 CASES = {
-    "pointnet2_msg": Case({"layers": LAYERS}, order_free=False, float64=False, on_points=True),
+    "pointnet2_msg": Case({"layers": LAYERS}, order_free=False, on_points=True),
     "pillar": Case(
         {"pillar_size": [0.25, 0.25], "point_range": [-8.0, -8.0, -6.0, 8.0, 8.0, 8.0], "num_tokens": 1000, **TORCH}
     ),
     "pointnet2_ssg": Case(
         {"num_points": [64, 12], "radii": [0.8, 3.0], "num_samples": [8, 8], "mlps": [[8], [16]]},
         order_free=False,
-        float64=False,
         on_points=True,
     ),
     "sparse_unet34": Case(
@@ -182,8 +179,6 @@ def test_a_batch_gives_what_its_scenes_give_one_by_one(name):
 
 @EVERY
 def test_float64(name):
-    if not CASES[name].float64:
-        pytest.skip(f"{name} computes in float32 always")
     single, double = trained(name), trained(name).double()
     view = make_view(*scenes())
     with torch.no_grad():

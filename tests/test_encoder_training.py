@@ -4,11 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import make_view
 
+from simipu3d.config import parse_part
 from simipu3d.data.module import build_reader, make_loader
 from simipu3d.engine.optim import build_optimizer
 from simipu3d.engine.pretrain import build_method
 from simipu3d.engine.settings import load_pretrain_config
+from simipu3d.errors import UserError
 from simipu3d.registry import POINT_ENCODERS
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "encoders").glob("*.yaml"))
@@ -50,6 +53,65 @@ def test_every_point_encoder_has_a_configuration():
     }
 
 
+BOUNDED = ("pillar", "voxel_backbone8x", "voxel_res_backbone8x")
+SIMIPU = CONFIGS[0].parents[1] / "simipu"
+BOXES = {
+    "kitti": (0, -40, -3, 70.4, 40, 1),
+    "nuscenes": (-51.2, -51.2, -5, 51.2, 51.2, 3),
+    "waymo": (0, -40, -2, 75.2, 40, 4),
+}
+BOXES["mixed"] = (-51.2, -51.2, -5, 70.4, 51.2, 3)
+"""Metres that the recipes read; of the mixture, the box round both."""
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+@pytest.mark.parametrize("recipe", BOXES)
+def test_an_encoder_named_in_a_recipe_has_the_bounds_of_its_data(recipe, name):
+    """One word swaps the encoder; with another data set's bounds it would see four in ten points of nuScenes."""
+    encoder = load_pretrain_config(SIMIPU / f"{recipe}.yaml", [f"point_encoder.name={name}"])
+    assert encoder.blocks.point_encoder.point_range == BOXES[recipe]
+    assert tuple(encoder.to_plain()["point_encoder"]["point_range"]) == BOXES[recipe]
+    said = [f"point_encoder={{name: {name}, point_range: [0, 0, 0, 16, 16, 8]}}"]
+    assert load_pretrain_config(SIMIPU / f"{recipe}.yaml", said).blocks.point_encoder.point_range == (
+        0,
+        0,
+        0,
+        16,
+        16,
+        8,
+    )
+
+
+def test_encoders_without_bounds_and_data_without_range_stay_as_they_are():
+    own = load_pretrain_config(SIMIPU / "nuscenes.yaml", ["point_encoder.name=sparse_unet34"])
+    assert own.blocks.point_encoder.point_range is None
+    for recipe, sets in (("nuscenes", ["data.point_range=null"]), ("demo", [])):
+        config = load_pretrain_config(SIMIPU / f"{recipe}.yaml", ["point_encoder.name=pillar", *sets])
+        assert config.blocks.point_encoder.point_range == BOXES["kitti"]
+    with pytest.raises(UserError, match=r"whole number of pillars.*data\.point_range") as error:
+        load_pretrain_config(
+            SIMIPU / "nuscenes.yaml", ["point_encoder.name=pillar", "data.point_range=[-50.01,-50,-5,50,50,3]"]
+        )
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_a_range_that_does_not_fit_the_points_is_told_once(name, caplog):
+    config = parse_part("point_encoder", POINT_ENCODERS, {"name": name, "point_range": [0, 0, -2, 8, 8, 6]})
+    torch.manual_seed(0)
+    inside = torch.rand(200, 4) * 8 - torch.tensor([0.0, 0.0, 2.0, 0.0])
+    for shift, told in ((0.0, 0), (8.0, 1)):
+        caplog.clear()
+        encoder = POINT_ENCODERS[name].target(config)
+        moved = inside + torch.tensor([0.0, shift, 0.0, 0.0]) * (torch.arange(200) % 10 < 9)[:, None]
+        encoder.eval()(make_view(moved))
+        assert not caplog.records
+        for _ in range(2):
+            encoder.train()(make_view(moved))
+        assert len(caplog.records) == told
+        assert not told or "90 % of the points" in caplog.text
+
+
 @pytest.fixture(scope="module")
 def streets(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("streets")
@@ -57,7 +119,7 @@ def streets(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_two_steps_on_made_streets(path, streets):
-    """Few points, a narrow ResNet-18 and few tokens: the point encoder's layers are as configured."""
+    """Few points, a narrow ResNet-18 and few tokens: the point encoder's layers are as wide and deep as configured."""
     torch.use_deterministic_algorithms(False)  # its filling of fresh memory doubles the time at these sizes
     sets = ["data.name=drive_world", f"data.root={streets}", "data.num_frames=2", "data.beams=32"]
     sets += ["data.augment.images.resize=null", "data.augment.num_points=512"]
@@ -65,6 +127,7 @@ def test_two_steps_on_made_streets(path, streets):
     keys = set(POINT_ENCODERS[load_pretrain_config(path).blocks.point_encoder.name].config.model_fields)
     sets += [HIGH] if "point_range" in keys and "unet" not in path.stem else []
     sets += ["point_encoder.num_tokens=256"] if "num_tokens" in keys else []
+    sets += ["point_encoder.num_points=[256,128,64]"] if "num_points" in keys else []
     take_two_steps(path, sets)
 
 

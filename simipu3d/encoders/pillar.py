@@ -48,8 +48,8 @@ class PillarConfig(PartConfig):
     """Metres along x, y. Default: with it KITTI's range is the 1600 x 1408 grid that OpenPCDet notes beside its layers;
     PillarNet has 0.075 on nuScenes and 0.1 on Waymo."""
     point_range: PointRange = (0.0, -40.0, -3.0, 70.4, 40.0, 1.0)
-    """x, y, z of the lowest corner, then of the highest, metres; other points are dropped. Default: OpenPCDet's KITTI
-    configuration."""
+    """x, y, z of the lowest corner, then of the highest, metres; other points are dropped. Default in a run:
+    `data.point_range` (of mixed sets, the box round all of theirs); where the data have none, OpenPCDet's KITTI range."""
     blocks: Literal["residual", "plain"] = "residual"
     """What a stage is made of: two residual blocks (PillarRes18BackBone8x), or two single convolutions
     (PillarBackBone8x). Default: PillarNet's choice, its ResNet-18."""

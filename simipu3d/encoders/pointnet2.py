@@ -155,7 +155,10 @@ class PointNet2Config(PartConfig):
     @model_validator(mode="after")
     def _check(self) -> "PointNet2Config":
         if self.layers is not None and self.size != "released":
-            raise ValueError("layers take the place of the size's; leave size out, or layers")
+            raise ValueError(
+                f"size: {self.size} and layers (perhaps a base file's) exclude each other; set layers: null, or leave size "
+                "out"
+            )
         return self
 
     @property
@@ -279,7 +282,8 @@ class PointNet2MSG(nn.Module):
             raise ValueError(
                 f"the encoder was built for {self.num_columns} columns, the points have {view.points.shape[1]}"
             )
-        xyz, features = view.points[:, :3].float(), view.points[:, 3:].float()
+        dtype = torch.promote_types(next(self.parameters()).dtype, torch.float32)
+        xyz, features = view.points.to(dtype).tensor_split([3], dim=1)
         offsets = offsets_from_batch_index(view.batch_index, view.num_frames).cpu()
         source_index = view.source_index
         for abstraction, aggregation in zip(self.SA_modules, self.aggregation_mlps, strict=True):

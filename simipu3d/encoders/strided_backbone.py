@@ -6,6 +6,7 @@ voxels, (y, x) for pillars; what is said in metres is (x, y, z) or (x, y).
 Shapes: N points, S sites of conv4, M tokens of B scenes.
 """
 
+import logging
 from collections.abc import Sequence
 from math import isclose
 
@@ -26,7 +27,11 @@ from simipu3d.encoders.sparse.layers import SparseConvolution, SubMConv
 from simipu3d.encoders.sparse.tensor import Cells, find_rows, linear_key
 from simipu3d.encoders.voxel_tokens import tokens_at_sites
 
+logger = logging.getLogger(__name__)
+
 STAGE_STRIDE = 8
+MOST_OUTSIDE = 0.2
+"""Share of dropped points that is worth a warning. Augmentation moves about a twentieth out of the range of the data."""
 
 PointRange = tuple[float, float, float, float, float, float]
 """x, y, z of the lowest corner, then of the highest, metres."""
@@ -47,7 +52,7 @@ def check_grid(point_range: PointRange, cell_size: Sequence[float], cell: str) -
         if stop <= start or not isclose(cells, round(cells), abs_tol=1e-3):
             raise ValueError(
                 f"point_range along {axis} must be a whole number of {cell}s; "
-                f"[{start}, {stop}] holds {cells:.3f} of {size} m"
+                f"[{start}, {stop}] holds {cells:.3f} of {size} m (it is data.point_range where it is not set)"
             )
         counts.insert(0, round(cells))
     if min(counts) < STAGE_STRIDE:
@@ -123,6 +128,7 @@ class StridedBackbone(nn.Module):
         if tuple(point_columns[:3]) != ("x", "y", "z"):
             raise ValueError(f"point_columns must begin with x, y, z, got {', '.join(point_columns)}")
         self._low, self._cell_size = point_range[: len(cell_size)], tuple(cell_size)
+        self._point_range, self._looked_at_range = point_range, False
         self.sparse_shape = sparse_shape
         self._num_tokens = num_tokens
 
@@ -133,9 +139,22 @@ class StridedBackbone(nn.Module):
         `point_range` gives none.
         """
         voxels, in_range = self.voxelize(view)
+        if self.training and not self._looked_at_range and len(in_range):
+            self._looked_at_range = True  # once: the answer has to come back from the device
+            self._tell_dropped(1 - float(in_range.float().mean()))
         conv4 = self.stages(voxels)[-1]
         point_site = self.owners(view, conv4).masked_fill(~in_range, -1)
         return tokens_at_sites(view, conv4, point_site, self._num_tokens)
+
+    def _tell_dropped(self, share: float) -> None:
+        """Warn where `point_range` does not fit the data: the network would learn from the rest and nobody would know."""
+        if share > MOST_OUTSIDE:
+            logger.warning(
+                "%.0f %% of the points of the first batch lie outside point_encoder.point_range %s and are dropped; set it "
+                "to what the data reach (data.point_range is its default)",
+                100 * share,
+                list(self._point_range),
+            )
 
     def stages(self, voxels: SparseTensor) -> tuple[SparseTensor, SparseTensor, SparseTensor, SparseTensor]:
         """Outputs of conv1 to conv4, strides 1, 2, 4, 8."""

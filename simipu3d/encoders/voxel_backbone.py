@@ -39,7 +39,8 @@ class VoxelBackboneConfig(PartConfig):
     voxel_size: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.05, 0.05, 0.1)
     """Metres along x, y, z. Default: OpenPCDet's KITTI configuration."""
     point_range: PointRange = (0.0, -40.0, -3.0, 70.4, 40.0, 1.0)
-    """x, y, z of the lowest corner, then of the highest, metres; other points are dropped. Default: as voxel_size."""
+    """x, y, z of the lowest corner, then of the highest, metres; other points are dropped. Default in a run:
+    `data.point_range` (of mixed sets, the box round all of theirs); where the data have none, OpenPCDet's KITTI range."""
     num_tokens: PositiveInt = 1024
     """Most tokens of a scene; more are thinned by farthest point sampling. Default: as SimIPU's PointNet++ has."""
     output_conv: bool = False

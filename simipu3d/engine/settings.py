@@ -12,7 +12,7 @@ from simipu3d.encoders.image import ImageEncoderConfig
 from simipu3d.engine.optim import OptimConfig, parse_optim
 from simipu3d.engine.plugins import load_plugins, plugins_behind, require_plugins
 from simipu3d.errors import UserError
-from simipu3d.registry import METHODS, READERS, SCHEDULES
+from simipu3d.registry import METHODS, POINT_ENCODERS, READERS, SCHEDULES
 
 
 class TrainerConfig(PartConfig):
@@ -107,10 +107,12 @@ def parse_pretrain(raw: dict[str, Any], source: str) -> PretrainConfig:
     check_top_level(raw, ["method", *entry.target.BLOCKS, *own], source)
     parse_block("prepare", PrepareConfig, raw.get("prepare"))  # belongs to another tool, may stand in the same file
     schedule = raw.get("schedule") or {"name": "constant"}
+    data = parse_part("data", READERS, raw.get("data"))
+    blocks = with_data_range({block: raw.get(block) for block in entry.target.BLOCKS}, data)
     config = PretrainConfig(
         method=name,
-        blocks=entry.target.parse_blocks({block: raw.get(block) for block in entry.target.BLOCKS}),
-        data=parse_part("data", READERS, raw.get("data")),
+        blocks=entry.target.parse_blocks(blocks),
+        data=data,
         optim=parse_optim(raw.get("optim")),
         schedule=parse_part("schedule", SCHEDULES, schedule),
         trainer=parse_block("trainer", TrainerConfig, raw.get("trainer")),
@@ -121,6 +123,25 @@ def parse_pretrain(raw: dict[str, Any], source: str) -> PretrainConfig:
     if config.trainer.max_steps < 1 and config.trainer.max_epochs is None:
         raise UserError(f"{source}: trainer.max_steps: set it, or trainer.max_epochs, so that the run ends")
     return config
+
+
+def with_data_range(blocks: dict[str, Any], data: PartConfig) -> dict[str, Any]:
+    """The same blocks, with the bounds of the data in a `point_encoder:` that needs some and says none.
+
+    An encoder needs bounds when its `point_range` has a default other than null: that one is right for one data set only.
+    """
+    block = blocks.get("point_encoder")
+    if not isinstance(block, dict) or block.get("name") not in POINT_ENCODERS.names() or block.get("point_range"):
+        return blocks
+    field = POINT_ENCODERS[block["name"]].config.model_fields.get("point_range")
+    ranges = [
+        getattr(part, "point_range", None) for part in [entry.data for entry in getattr(data, "sets", ())] or [data]
+    ]
+    if field is None or field.default is None or None in ranges:
+        return blocks
+    corners = list(zip(*ranges, strict=True))
+    box = [*map(min, corners[:3]), *map(max, corners[3:])]
+    return {**blocks, "point_encoder": {**block, "point_range": box}}
 
 
 def with_default_names(raw: dict[str, Any]) -> dict[str, Any]:
