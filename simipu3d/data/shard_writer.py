@@ -104,9 +104,7 @@ def prepare_shards(config: DataConfig, prepare: PrepareConfig, url: str, workers
         return _write_set(store, reader, config, prepare, workers)
 
 
-def _write_set(
-    store: Store, reader: FrameReader, config: DataConfig, prepare: PrepareConfig, workers: int
-) -> Manifest:
+def _write_set(store: Store, reader: FrameReader, config: DataConfig, prepare: PrepareConfig, workers: int) -> Manifest:
     plan, plain = _plan(store, reader, config, prepare, workers)
     _remove_parts(store)
     limit = BadFrameLimit(config, plan.num_frames)
