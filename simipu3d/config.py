@@ -155,7 +155,8 @@ def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def apply_sets(raw: dict[str, Any], sets: list[str]) -> dict[str, Any]:
-    """Apply `--set key.path=value` pairs: names first, then the rest; values are plain YAML, lists included."""
+    """Apply `--set key.path=value` pairs: names first, then the rest; values are plain YAML, lists included. A number in a
+    path chooses an entry of a list that is there: data.sets.0.root=/path."""
     pairs = []
     for item in sets:
         key, sign, text = item.partition("=")
@@ -164,15 +165,35 @@ def apply_sets(raw: dict[str, Any], sets: list[str]) -> dict[str, Any]:
         pairs.append((key.split("."), _parse_yaml(text, f"--set {item}")))
     for keys, value in sorted(pairs, key=lambda pair: not _names_a_part(*pair)):
         delta: Any = value
-        for position, key in reversed(list(enumerate(keys))):
-            parent: Any = raw
-            for upper in keys[:position]:
-                parent = parent.get(upper) if isinstance(parent, dict) else None
-            if position and parent is not None and not isinstance(parent, dict):
-                raise UserError(f"--set {'.'.join(keys)}: {'.'.join(keys[:position])} is a value, not a block of keys")
-            delta = {key: delta}
+        for position in reversed(range(len(keys))):
+            delta = _wrapped(delta, _value_at(raw, keys[:position]), keys, position)
         raw = merge(raw, delta)
     return raw
+
+
+def _value_at(raw: Any, keys: list[str]) -> Any:
+    """What stands at a path; None where there is nothing."""
+    for key in keys:
+        if isinstance(raw, list):
+            raw = raw[int(key)] if key.isdecimal() and int(key) < len(raw) else None
+        else:
+            raw = raw.get(key) if isinstance(raw, dict) else None
+    return raw
+
+
+def _wrapped(delta: Any, parent: Any, keys: list[str], position: int) -> Any:
+    """What to merge over `parent`, which stands at keys[:position], so that `delta` is merged over its keys[position]."""
+    key, path = keys[position], ".".join(keys[:position])
+    if isinstance(parent, list):
+        if not key.isdecimal() or int(key) >= len(parent):
+            entries = f"with the entries 0 to {len(parent) - 1}" if parent else "without entries"
+            raise UserError(f"--set {'.'.join(keys)}: {path} is a list {entries}, there is no {key}")
+        changed = list(parent)
+        changed[int(key)] = merge({key: parent[int(key)]}, {key: delta})[key]
+        return changed
+    if position and parent is not None and not isinstance(parent, dict):
+        raise UserError(f"--set {'.'.join(keys)}: {path} is a value, not a block of keys")
+    return {key: delta}
 
 
 def _names_a_part(keys: list[str], value: Any) -> bool:
@@ -192,6 +213,9 @@ def _explain(error: ValidationError, prefix: str, model: type[BaseModel]) -> str
     """The first problem of a validation, as one line that names the key; a misspelt key goes before the one it is missed
     as."""
     first = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):  # of a block inside this one, which names its key in full
+        return str(cause)
     path = [
         str(part) for part in first["loc"] if isinstance(part, int) or (part.isidentifier() and part not in _UNION_TAGS)
     ]

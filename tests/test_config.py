@@ -63,6 +63,22 @@ def test_set_applies_names_first(order):
     assert apply_sets({"encoder": {"name": "a", "width": 3}}, sets) == {"encoder": {"name": "c", "depth": [1, 2]}}
 
 
+def test_set_changes_entries_of_lists():
+    raw = {"data": {"sets": [{"name": "a", "root": "x"}, {"name": "b", "sizes": [1, [2, 3]]}]}}
+    sets = ["data.sets.1.sizes.1.0=9", "data.sets.0.root=y", "data.sets.0.more.deep=1", "data.sets.1.sizes.0=null"]
+    expected = [{"name": "a", "root": "y", "more": {"deep": 1}}, {"name": "b", "sizes": [None, [9, 3]]}]
+    assert apply_sets(raw, sets) == {"data": {"sets": expected}}
+    assert raw["data"]["sets"][0]["root"] == "x", "what was read is left as it is"
+    assert apply_sets(raw, ["data.sets.1.name=c"])["data"]["sets"][1] == {"name": "c"}, (
+        "another part drops the old keys"
+    )
+    for key in ("data.sets.2.root", "data.sets.-1.root", "data.sets.x", "data.sets.1.sizes.1.2"):
+        with pytest.raises(UserError, match=rf"--set {key}: data\.sets[.a-z0-9]* is a list with the entries 0 to 1"):
+            apply_sets(raw, [f"{key}=1"])
+    with pytest.raises(UserError, match=r"data\.sets\.0\.root is a value, not a block"):
+        apply_sets(raw, ["data.sets.0.root.x=1"])
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

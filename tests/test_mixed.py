@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 
 from simipu3d.config import parse_part, to_plain
+from simipu3d.data.drive_world.waymo_drive import WaymoDrive
+from simipu3d.data.drive_world.waymo_files import write_waymo_v2
+from simipu3d.data.drive_world.waymo_rig import WaymoRigSettings
 from simipu3d.data.module import augment_of, build_reader, make_loader
 from simipu3d.data.shard_frames import PrepareConfig
 from simipu3d.data.shard_writer import prepare_shards
+from simipu3d.engine.settings import load_pretrain_config
 from simipu3d.errors import UserError
 from simipu3d.registry import READERS
 
@@ -187,6 +191,28 @@ def test_real_kitti_and_nuscenes_make_one_batch(samples, root):
             assert int(own.sum()) == 1
 
 
+def test_the_shipped_configuration_mixes_kitti_nuscenes_and_waymo(samples, tmp_path):
+    """Only places are set, one by one; the Waymo drive is of our own making."""
+    drive = WaymoDrive(WaymoRigSettings(num_moments=2), 0)
+    moments = [drive.moment(index) for index in range(2)]
+    write_waymo_v2(tmp_path / "waymo", {moments[0][0].segment: moments})
+    places = [f"data.sets.0.root={samples / 'kitti'}", f"data.sets.1.root={samples / 'nuscenes'}"]
+    places += [f"data.sets.2.root={tmp_path / 'waymo'}", "data.sets.2.split=all", "data.sets.2.load_interval=1"]
+    small = ["data.sets.1.version=v1.0-mini", "data.sets.1.split=all", "data.max_bad_fraction=1.0"]
+    small += ["data.on_bad_frame=skip", "data.num_workers=0", "data.batch_size=1", "data.augment.num_points=512"]
+    config = load_pretrain_config("configs/simipu/mixed.yaml", [*places, *small]).data
+    reader = build_reader(config)
+    assert reader.point_columns == ("x", "y", "z", "intensity")
+    assert len(set(reader.shares.tolist())) <= 2
+    found = {}
+    for batch in loader_of(reader, config):
+        assert batch.bad_frames == ()
+        assert len(batch.views[0].points) == 512
+        found.setdefault(batch.frame_ids[0].partition(":")[0], set()).add(tuple(batch.images.camera_names))
+    assert set(found) == {"kitti", "nuscenes", "waymo"}
+    assert (found["kitti"], found["waymo"]) == ({("image_2",)}, {("FRONT",)})
+
+
 def test_sets_of_one_kind_have_different_names(root):
     reader = open_streets(root, (2, 1.0), (3, 1.0))
     names = [reader[index].frame_id for index in range(5)]
@@ -238,19 +264,19 @@ def test_the_resolved_block_is_read_back_to_itself(root):
     [
         (
             street(2, batch_size=3),
-            r"data\.sets\.0: batch_size: holds for all sets together; set data\.batch_size instead",
+            r"data\.sets\.0\.batch_size: holds for all sets together; set data\.batch_size instead",
         ),
-        (street(2, weight=0.0), r"data\.sets\.0: weight: .*greater than 0"),
-        (street(2, weight="2"), r"data\.sets\.0: weight: "),
-        (street(2, beems=3), r"data\.sets\.0: beems: no such key; did you mean beams"),
+        (street(2, weight=0.0), r"data\.sets\.0\.weight: .*greater than 0"),
+        (street(2, weight="2"), r"data\.sets\.0\.weight: "),
+        (street(2, beems=3), r"data\.sets\.0\.beems: no such key; did you mean beams"),
         (
             street(2, augment={"num_pionts": 3}),
-            r"data\.sets\.0: augment\.num_pionts: no such key; did you mean num_points",
+            r"data\.sets\.0\.augment\.num_pionts: no such key; did you mean num_points",
         ),
-        (street(2, augment=3), r"data\.sets\.0: augment: expected a block"),
-        ({"name": "mixed", "sets": []}, r"data\.sets\.0: name: this key chooses the data set; there are .*kitti"),
-        ({"root": "x"}, r"data\.sets\.0: name: this key chooses"),
-        ({"name": "kitti"}, r"data\.sets\.0: root: this key is needed"),
+        (street(2, augment=3), r"data\.sets\.0\.augment: expected a block"),
+        ({"name": "mixed", "sets": []}, r"data\.sets\.0\.name: this key chooses the data set; there are .*kitti"),
+        ({"root": "x"}, r"data\.sets\.0\.name: this key chooses"),
+        ({"name": "kitti"}, r"data\.sets\.0\.root: this key is needed"),
         (3, r"data\.sets\.0: expected a block of keys"),
     ],
 )
@@ -266,5 +292,7 @@ def test_wrong_keys_of_the_mixture_are_refused(root, tmp_path):
         parse()
     with pytest.raises(UserError, match=r"data\.sets\.1\.weight: 0\.01 of 1\.01 gives it none of the 4 frames"):
         build_reader(parse(street(2, root=root), street(2, root=root, weight=0.01)))
-    with pytest.raises(UserError, match=r"data\.sets\.1: .*nowhere"):
+    with pytest.raises(UserError, match=r"data\.sets: expected a list of one data set or more"):
+        parse_part("data", READERS, {"name": "mixed", "sets": {"name": "kitti"}})
+    with pytest.raises(UserError, match=r"data\.sets\.1[.:].*nowhere"):
         build_reader(parse(street(2, root=root), {"name": "kitti", "root": str(tmp_path / "nowhere")}))

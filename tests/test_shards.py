@@ -1,109 +1,38 @@
-"""Laws of shards: what goes in comes out, the bytes depend on nothing else, and no damage goes unseen."""
+"""Laws of writing shards: what goes in comes out, and the bytes depend on nothing else."""
 
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
 import tarfile
-import threading
 import time
-from dataclasses import fields, is_dataclass, replace
-from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import replace
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
 import yaml
-from helpers import BLOCKS, street
+from custom_rig import write_sequence
+from helpers import street
 from PIL import Image
+from shard_sets import SMALL, WORLD, contents, difference, open_shards, parse
 
-from simipu3d.config import parse_part
 from simipu3d.contracts.frame import Boxes
 from simipu3d.data import shard_store
-from simipu3d.data.module import BadFrameLimit, build_reader, make_loader
-from simipu3d.data.readers.shards import ShardsReader
-from simipu3d.data.shard_format import FORMAT
+from simipu3d.data.drive_world.waymo_drive import WaymoDrive
+from simipu3d.data.drive_world.waymo_files import write_waymo_v1, write_waymo_v2
+from simipu3d.data.drive_world.waymo_rig import WaymoRigSettings
+from simipu3d.data.module import build_reader
 from simipu3d.data.shard_frames import PrepareConfig, decode_frame, encode_frame
-from simipu3d.data.shard_store import LocalStore, RemoteStore, StoreError, open_store
+from simipu3d.data.shard_store import open_store
 from simipu3d.data.shard_verify import verify_shards
 from simipu3d.data.shard_writer import prepare_shards
-from simipu3d.engine.pretrain import pretrain
-from simipu3d.engine.run import read_checkpoint
 from simipu3d.engine.settings import load_prepare_config, load_pretrain_config
 from simipu3d.errors import BadFrameError, UserError
-from simipu3d.registry import READERS
 from simipu3d.tools.prepare_data import main
 
-WORLD = {
-    "name": "drive_world",
-    "num_frames": 11,
-    "frames_per_sequence": 2,
-    "image_size": [24, 48],
-    "beams": 16,
-    "azimuth_step_deg": 2.0,
-    "num_cameras": 2,
-    "supersampling": 1,
-}
-SMALL = PrepareConfig(shard_frames=3)
-
-
-def parse(**block):
-    return parse_part("data", READERS, block)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A made data set of 11 frames with two cameras and every kind of ground truth, cached."""
-    config = parse(**WORLD, root=str(tmp_path_factory.mktemp("world")))
-    build_reader(config).prepare(progress=False)
-    return config
-
-
-@pytest.fixture(scope="module")
-def whole(world, tmp_path_factory):
-    """Its shards, which tests only read: 3 + 3 + 3 + 2 frames."""
-    out = tmp_path_factory.mktemp("shards") / "set"
-    prepare_shards(world, SMALL, str(out))
-    return out
-
-
-@pytest.fixture
-def copy(whole, tmp_path):
-    """The shards, for a test to damage."""
-    out = tmp_path / "copy"
-    out.mkdir()
-    for path in whole.iterdir():
-        (out / path.name).write_bytes(path.read_bytes())
-    return out
-
-
-def open_shards(url, **keys) -> ShardsReader:
-    return build_reader(parse(name="shards", root=str(url), **keys))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def difference(first, second, path="frame") -> list[str]:
-    """Where two records differ, bit for bit and type for type; `encoded` may be new."""
-    if is_dataclass(first):
-        names = [f.name for f in fields(first) if f.name != "encoded"]
-        return [line for n in names for line in difference(getattr(first, n), getattr(second, n), f"{path}.{n}")]
-    if isinstance(first, np.ndarray):
-        same = isinstance(second, np.ndarray) and first.dtype == second.dtype
-        same = same and np.array_equal(first, second, equal_nan=first.dtype.kind == "f")
-        return [] if same else [path]
-    if isinstance(first, tuple | list) and len(first) and is_dataclass(first[0]):
-        pairs = zip(first, second, strict=True)
-        return [line for i, (a, b) in enumerate(pairs) for line in difference(a, b, f"{path}.{i}")]
-    if isinstance(first, tuple | list):
-        return [] if list(first) == list(second) else [path]
-    return [] if type(first) is type(second) and first == second else [path]
+pytest_plugins = ["shard_fixtures"]
 
 
 # There and back
@@ -137,6 +66,42 @@ def test_real_frames_come_back_as_they_were(name, samples, tmp_path):
         assert difference(before, after) == []
         assert [camera.encoded for camera in before.cameras] == [camera.encoded for camera in after.cameras]
         assert all(len(camera.encoded) > 50_000 for camera in after.cameras)
+
+
+def assert_all_comes_back(config, out: Path):
+    """Every field of every frame, the images' own bytes where there were some; returns the frames of the shards."""
+    source = build_reader(config)
+    prepare_shards(config, PrepareConfig(shard_frames=2), str(out))
+    reader = open_shards(out)
+    assert len(reader) == len(source) > 0
+    for index in range(len(source)):
+        before, after = source[index], reader[index]
+        assert difference(before, after) == []
+        for own, stored in zip(before.cameras, after.cameras, strict=True):
+            assert own.encoded in (None, stored.encoded)
+    return [reader[index] for index in range(len(reader))]
+
+
+@pytest.mark.parametrize(("version", "write"), [("v1", write_waymo_v1), ("v2", write_waymo_v2)])
+def test_a_waymo_drive_comes_back_as_it_was(version, write, tmp_path):
+    """Five cameras that have times and distorted lenses, boxes that have velocities."""
+    drive = WaymoDrive(WaymoRigSettings(num_moments=3), 0)
+    moments = [drive.moment(index) for index in range(3)]
+    write(tmp_path / "waymo", {moments[0][0].segment: moments})
+    config = parse(name="waymo", version=version, root=str(tmp_path / "waymo"), split="all")
+    frame = assert_all_comes_back(config, tmp_path / "out")[0]
+    assert len({camera.timestamp for camera in frame.cameras}) == len(frame.cameras) == 5
+    assert all(camera.distortion.any() and camera.encoded for camera in frame.cameras)
+    assert np.isfinite(frame.boxes.velocity).any()
+
+
+def test_a_custom_rig_comes_back_as_it_was(tmp_path):
+    keys = {**WORLD, "num_frames": 3, "frames_per_sequence": 3}
+    drive = build_reader(parse(**keys, root=str(tmp_path / "world")))
+    drive.prepare(progress=False)
+    write_sequence(tmp_path / "rig" / "drive", [drive[index] for index in range(3)])
+    frames = assert_all_comes_back(parse(name="custom", root=str(tmp_path / "rig"), split="all"), tmp_path / "out")
+    assert all(camera.encoded and camera.timestamp is not None for frame in frames for camera in frame.cameras)
 
 
 def full_frame(seed: int):
@@ -326,6 +291,31 @@ def test_a_lost_or_cut_shard_is_written_again(copy, whole, world):
     assert contents(copy) == contents(whole)
 
 
+@pytest.mark.parametrize("line", [0, 2])
+def test_a_damaged_index_is_not_gone_on_from(line, copy, whole, world):
+    """A word in it changed, so that it could still be read; there is no manifest yet that tells."""
+    (copy / "manifest.json").unlink()
+    path = copy / "shard-000002.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[line] = lines[line].replace(b"front", b"frond", 1)
+    path.write_bytes(b"".join(lines))
+    assert path.read_bytes() != (whole / path.name).read_bytes()
+    prepare_shards(world, SMALL, str(copy))
+    assert contents(copy) == contents(whole)
+
+
+def test_one_call_at_a_time_writes_into_a_folder(world, whole, tmp_path, monkeypatch, capsys):
+    config, out = write_config(tmp_path / "w.yaml", world), tmp_path / "out"
+    arguments = ["--cfg", str(config), "--out", str(out), "--workers", "1"]
+    monkeypatch.setattr(shard_store, "LOCK_SECONDS", 0.2)
+    with open_store(str(out)).lock():
+        assert main(arguments) == 2
+        assert f"error: {out}: another prepare_data writes there" in capsys.readouterr().err
+        assert contents(out) == {}
+    assert main(arguments) == 0
+    assert contents(out) == contents(whole)
+
+
 def test_shards_of_a_forgotten_configuration_do_not_count(copy, world, tmp_path):
     """Without the three files that tell, the other shards are recognised by what they were written from."""
     for name in ("prepare.json", "manifest.json", "shard-000000.tar"):
@@ -336,7 +326,7 @@ def test_shards_of_a_forgotten_configuration_do_not_count(copy, world, tmp_path)
     assert contents(copy) == contents(tmp_path / "fresh")
 
 
-def test_another_configuration_is_refused(copy, world, tmp_path):
+def test_another_configuration_is_refused(copy, whole, world):
     with pytest.raises(UserError, match=r"another configuration \(prepare.points: 'float32' there, 'int32_mm' now"):
         prepare_shards(world, PrepareConfig(shard_frames=3, points="int32_mm"), str(copy))
     other = world.model_copy(update={"seed": 1})
@@ -347,9 +337,10 @@ def test_another_configuration_is_refused(copy, world, tmp_path):
     (copy / "prepare.json").unlink()
     with pytest.raises(UserError, match="unknown origin"):
         prepare_shards(world, SMALL, str(copy))
-    (copy / "prepare.json").write_text("{")
-    with pytest.raises(UserError, match="damaged"):
-        prepare_shards(world, SMALL, str(copy))
+    for damaged in (b"{", (whole / "prepare.json").read_bytes().replace(b'"frames"', b'"framez"')):
+        (copy / "prepare.json").write_bytes(damaged)
+        with pytest.raises(UserError, match="damaged"):
+            prepare_shards(world, SMALL, str(copy))
 
 
 def test_a_place_that_cannot_be_written_is_told_in_one_line(world, tmp_path, capsys):
@@ -410,113 +401,6 @@ def test_bad_frames_of_the_source_follow_the_policy(workers, samples, tmp_path):
         prepare_shards(config, prepare, str(tmp_path / "out"), workers)
 
 
-# Damage
-
-
-def member_place(folder: Path, shard: int, position: int, suffix: str) -> tuple[str, int, int]:
-    """Frame id, offset and size of a member."""
-    line = json.loads((folder / f"shard-{shard:06d}.jsonl").read_text().splitlines()[1 + position])
-    return line[1], *next(member[1:3] for member in line[5] if member[0] == suffix)
-
-
-def flip(path: Path, offset: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[offset] ^= 4
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("suffix", ["json", "points.npy", "front.png", "front_left.png", "front.depth.npy"])
-def test_one_flipped_bit_is_found_by_verification_and_by_reading(suffix, copy, capsys):
-    frame_id, offset, size = member_place(copy, 2, 1, suffix)
-    flip(copy / "shard-000002.tar", offset + size // 2)
-    assert main(["--out", str(copy), "--verify", "--workers", "1"]) == 2
-    said = capsys.readouterr()
-    lines = said.out.splitlines()
-    assert len(lines) == 2
-    assert "shard-000002.tar: differs from its SHA-256" in lines[0]
-    assert f"shard-000002.tar: frame {frame_id}: {suffix} differs from its check sum" in lines[1]
-    assert "error: " in said.err
-    assert "2 problems" in said.err
-    reader = open_shards(copy)
-    for index in range(11):
-        if index == 7:
-            with pytest.raises(BadFrameError, match=f"frame {frame_id}: {suffix} differs"):
-                reader[index]
-        else:
-            reader[index]
-
-
-def test_verification_passes_a_whole_set_and_names_every_damaged_shard(copy, capsys):
-    assert main(["--out", str(copy), "--verify", "--workers", "2"]) == 0
-    assert "whole: 11 frames in 4 shards" in capsys.readouterr().out
-    (copy / "shard-000000.tar").unlink()
-    (copy / "shard-000001.tar").write_bytes((copy / "shard-000001.tar").read_bytes()[:60_000])
-    flip(copy / "shard-000002.jsonl", 700)
-    before = contents(copy)
-    assert main(["--out", str(copy), "--verify", "--workers", "2"]) == 2
-    lines = capsys.readouterr().out.splitlines()
-    assert "shard-000000.tar: no such file; all of its 3 frames" in lines[0]
-    assert "shard-000001.tar: has 60000 bytes" in lines[1]
-    assert any("the shard is cut short" in line for line in lines[2:-2])
-    assert "shard-000002.jsonl: differs from its SHA-256" in lines[-2]
-    assert "shard-000002.jsonl: differs from its check sum" in lines[-1]
-    assert not any("shard-000003" in line for line in lines)
-    assert contents(copy) == before, "verification writes nothing"
-
-
-def loader_config(url, **keys):
-    augment = {"num_points": 60, "images": {"resize": None}}
-    return parse(name="shards", root=str(url), **{"batch_size": 2, "num_workers": 0, "augment": augment, **keys})
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_training_meets_a_flipped_bit_as_a_bad_frame(workers, copy):
-    frame_id, offset, _ = member_place(copy, 1, 0, "points.npy")
-    flip(copy / "shard-000001.tar", offset + 300)
-    config = loader_config(copy, num_workers=workers)
-    limit = BadFrameLimit(config, 11)
-    messages = [line for seed in range(3) for batch in make_loader(config, seed) for line in batch.bad_frames]
-    with pytest.raises(BadFrameError, match=rf"shard-000001\.tar: frame {frame_id}: points\.npy differs"):
-        limit.add(messages)
-    config = loader_config(copy, num_workers=workers, on_bad_frame="skip")
-    limit, names = BadFrameLimit(config, 11), []
-    for seed in range(3):
-        for batch in make_loader(config, seed):
-            limit.add(batch.bad_frames)
-            names += batch.frame_ids
-    assert frame_id not in names
-    assert len(limit.messages) == 1
-
-
-@pytest.mark.parametrize("damage", ["absent", "cut"])
-def test_lost_shards_are_told_before_training_starts(damage, copy):
-    path = copy / "shard-000002.tar"
-    content = path.read_bytes()
-    path.unlink() if damage == "absent" else path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match=r"1 of 4 shards are absent or .* \(shard-000002\.tar\)"):
-        open_shards(copy)
-    reader = open_shards(copy, max_bad_fraction=0.5)
-    with pytest.raises(BadFrameError, match="no such file" if damage == "absent" else "cut short"):
-        reader[8]
-
-
-def test_an_absent_set_and_a_newer_format_are_refused(copy, tmp_path):
-    with pytest.raises(UserError, match=r"manifest\.json: no such file; is it a shard set\?"):
-        open_shards(tmp_path / "nowhere")
-    text = json.loads((copy / "manifest.json").read_text())
-    (copy / "manifest.json").write_text(json.dumps({**text, "format": FORMAT + 1}))
-    with pytest.raises(UserError, match="is of format 2, this simipu3d reads format 1"):
-        open_shards(copy)
-    evil = {**text["shards"][0], "name": "../../secret.tar"}
-    (copy / "manifest.json").write_text(json.dumps({**text, "shards": [evil, *text["shards"][1:]]}))
-    with pytest.raises(UserError, match=r"damaged: shards\.0\.name"):
-        open_shards(copy)
-    for broken in ("{", "[]", "", json.dumps({"format": 1}), json.dumps({**text, "frames": 12})):
-        (copy / "manifest.json").write_text(broken)
-        with pytest.raises(UserError, match="damaged"):
-            open_shards(copy)
-
-
 def test_a_wrong_key_of_the_block_is_refused(tmp_path, world):
     path = write_config(tmp_path / "w.yaml", world, prepare={"points": "float16"})
     with pytest.raises(UserError, match=r"prepare\.points"):
@@ -525,226 +409,3 @@ def test_a_wrong_key_of_the_block_is_refused(tmp_path, world):
         load_pretrain_config("configs/simipu/kitti.yaml", ["prepare.jpg_quality=3"])
     plain = load_pretrain_config("configs/simipu/kitti.yaml", ["prepare.points=int32_mm"]).to_plain()
     assert "prepare" not in plain, "a run does not depend on it, so it may change on --resume"
-
-
-# Cameras, ground truth, handles
-
-
-def test_chosen_cameras_and_no_ground_truth_read_less(whole, world, monkeypatch):
-    read = []
-    real = LocalStore.read_range
-    monkeypatch.setattr(
-        LocalStore, "read_range", lambda self, *place: read.append(place) or real(self, *place), raising=True
-    )
-    everything = open_shards(whole)[4]
-    assert len(read) == 1, "one range a frame"
-    total, read[:] = read[0][2], []
-    source = build_reader(world)[4]
-    frame = open_shards(whole, cameras=["front_left"])[4]
-    assert difference(replace(source, cameras=source.cameras[1:]), frame) == []
-    turned = open_shards(whole, cameras=["front_left", "front"])[4]
-    assert [camera.name for camera in turned.cameras] == ["front_left", "front"]
-    read.clear()
-    bare = open_shards(whole, load_ground_truth=False)[4]
-    assert (bare.boxes, bare.point_class, bare.point_instance) == (None, None, None)
-    assert all(camera.depth is None and camera.pixel_class is None for camera in bare.cameras)
-    assert np.array_equal(bare.points, everything.points)
-    assert sum(size for _, _, size in read) < 0.6 * total
-    with pytest.raises(UserError, match="has no camera 'rear', it has front, front_left"):
-        open_shards(whole, cameras=["rear"])
-
-
-def test_handles_and_indexes_stay_few(whole, monkeypatch):
-    monkeypatch.setattr(shard_store, "MAX_OPEN_FILES", 2)
-    monkeypatch.setattr("simipu3d.data.readers.shards.MAX_INDEXES", 2)
-    reader = open_shards(whole)
-    before = len(os.listdir("/proc/self/fd"))
-    for index in [0, 10, 4, 7, 1, 9, 3, 6]:
-        reader[index]
-    assert len(os.listdir("/proc/self/fd")) <= before + 2
-    assert len(reader._indexes) == 2
-
-
-# Order
-
-
-def test_an_epoch_goes_through_few_shards_at_a_time(whole):
-    reader = open_shards(whole, shuffle_shards=2)
-    shard_of = np.searchsorted([3, 6, 9], np.arange(11), side="right")
-    orders = {}
-    for seed in range(3):
-        for epoch in range(4):
-            order = reader.epoch_order(seed, epoch)
-            assert sorted(order) == list(range(11))
-            assert np.array_equal(order, reader.epoch_order(seed, epoch))
-            shards = shard_of[order]
-            halves = next(
-                n for n in range(1, 11) if len(set(shards[:n])) == 2 and not set(shards[:n]) & set(shards[n:])
-            )
-            assert halves in (5, 6)
-            orders[seed, epoch] = tuple(order)
-    assert len(set(orders.values())) == 12
-    everywhere = open_shards(whole, shuffle_shards=None)
-    assert sorted(everywhere.epoch_order(0, 0)) == list(range(11))
-
-
-def frames_seen(config, *, rank=0, world_size=1, seed=3, start=(0, 0), epochs=2):
-    loader = make_loader(config, seed, rank, world_size)
-    loader.batch_sampler.start(*start)
-    return [[batch.frame_ids for batch in loader] for _ in range(epochs)]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_two_ranks_see_every_frame_once_an_epoch(workers, whole):
-    config = loader_config(whole, batch_size=1, num_workers=workers, shuffle_shards=2)
-    ranks = [frames_seen(config, rank=rank, world_size=2) for rank in range(2)]
-    epochs = []
-    for epoch in range(2):
-        names = [name for rank in ranks for batch in rank[epoch] for name in batch]
-        assert len(names) == len(set(names)) == 10, "the eleventh frame makes no step of two processes"
-        epochs.append(names)
-    assert epochs[0] != epochs[1]
-    alone = frames_seen(loader_config(whole, batch_size=1, shuffle_shards=2))
-    assert [a + b for a, b in zip(*[rank[0] for rank in ranks], strict=True)] == [
-        a + b for a, b in zip(alone[0][:10:2], alone[0][1:10:2], strict=True)
-    ]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_loading_goes_on_in_the_middle_of_an_epoch(workers, whole):
-    config = loader_config(whole, num_workers=workers)
-    first, second = frames_seen(config)
-    rest = frames_seen(config, start=(0, 2))
-    assert rest == [first[2:], second]
-
-
-# Far away
-
-
-def upload(folder: Path, url: str) -> None:
-    filesystem, root = fsspec.core.url_to_fs(url)
-    for name, content in contents(folder).items():
-        filesystem.pipe_file(f"{root}/{name}", content)
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_remote_set_is_written_and_read_like_a_local_one(workers, world, whole, tmp_path, monkeypatch):
-    """A `file` filesystem behind fsspec: what is uploaded from worker processes is seen by all."""
-    monkeypatch.setattr(shard_store, "LocalStore", lambda folder: RemoteStore(f"file://{folder}"))
-    out = tmp_path / "far"
-    store = open_store(str(out))
-    assert isinstance(store, RemoteStore)
-    prepare_shards(world, SMALL, str(out), workers)
-    assert contents(out) == contents(whole)
-    assert verify_shards(str(out), workers)[1] == []
-
-
-def test_memory_urls_work(world, whole):
-    prepare_shards(world, SMALL, "memory://shards/set")
-    reader = open_shards("memory://shards/set")
-    assert difference(open_shards(whole)[5], reader[5]) == []
-    assert verify_shards("memory://shards/set")[1] == []
-    assert frames_seen(loader_config("memory://shards/set", num_workers=2)) == frames_seen(loader_config(whole))
-
-
-class RangeHandler(BaseHTTPRequestHandler):
-    """Serves a folder, ranges included; `failures` requests are answered with 500 first."""
-
-    def __init__(self, *args, folder: Path, state: dict):
-        self.folder, self.state = folder, state
-        super().__init__(*args)
-
-    def log_message(self, *args) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self._answer(with_body=False)
-
-    def do_GET(self) -> None:
-        self._answer(with_body=True)
-
-    def _answer(self, with_body: bool) -> None:
-        path = self.folder / self.path.strip("/")
-        if self.state["failures"] > 0:
-            self.state["failures"] -= 1
-            self.send_error(500)
-            return
-        if not path.is_file():
-            self.send_error(404)
-            return
-        content, status = path.read_bytes(), 200
-        wanted = self.headers.get("Range")
-        if wanted and self.state["ranges"]:
-            start, _, end = wanted.removeprefix("bytes=").partition("-")
-            content, status = content[int(start) : int(end) + 1], 206
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("Accept-Ranges", "bytes")
-        self.end_headers()
-        if with_body:
-            self.wfile.write(content)
-
-
-@pytest.fixture
-def server(whole):
-    pytest.importorskip("aiohttp")
-    state = {"failures": 0, "ranges": True}
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), partial(RangeHandler, folder=whole, state=state))
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{httpd.server_port}", state
-    httpd.shutdown()
-    httpd.server_close()
-
-
-def test_shards_are_read_over_http_by_workers_too(server, whole, monkeypatch):
-    url, state = server
-    monkeypatch.setattr(shard_store, "RETRY_AFTER", (0.01, 0.01))
-    local = open_shards(whole)
-    reader = open_shards(url)
-    assert all(difference(local[index], reader[index]) == [] for index in (0, 5, 10))
-    assert frames_seen(loader_config(url, num_workers=2)) == frames_seen(loader_config(whole))
-    state["failures"] = 2
-    assert difference(local[3], reader[3]) == [], "two failures of the network pass"
-    state["failures"] = 10
-    with pytest.raises(BadFrameError, match=r"shard-000001\.tar: frame"):
-        reader[4]
-    state.update(failures=0, ranges=False)
-    with pytest.raises(BadFrameError, match="not ranges of bytes"):
-        reader[4]
-    with pytest.raises(UserError, match=r"nowhere/manifest\.json: no such file"):
-        open_shards(f"{url}/nowhere")
-
-
-def test_urls_keep_their_slashes_and_unknown_ones_are_told(whole):
-    assert parse(name="shards", root="s3://bucket/folder").root == "s3://bucket/folder"
-    assert isinstance(open_store(f"file://{whole}"), LocalStore)
-    with pytest.raises(StoreError, match="nonsense://a: cannot be opened"):
-        open_shards("nonsense://a")
-
-
-# Training
-
-
-def test_pretraining_runs_on_shards_and_goes_on(whole, tmp_path):
-    raw = {
-        "method": "simipu",
-        "data": {
-            "name": "shards",
-            "root": str(whole),
-            "cameras": ["front"],
-            "batch_size": 2,
-            "num_workers": 2,
-            "augment": {"num_points": 200, "images": {"resize": None}},
-        },
-        "prepare": {"points": "int32_mm"},
-        **BLOCKS,
-        "trainer": {"max_steps": 3, "accelerator": "cpu", "log_every_n_steps": 1},
-        "run": {"pictures_every_steps": 0},
-    }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
-    tables = []
-    for out, stops in (("once", (5,)), ("twice", (2, 5))):
-        for steps in stops:
-            pretrain(tmp_path / "run.yaml", [f"trainer.max_steps={steps}"], out=tmp_path / out, resume="")
-        tables.append(read_checkpoint(tmp_path / out / "checkpoints" / "last.ckpt")["state_dict"])
-    assert all(bool((tables[0][name] == tables[1][name]).all()) for name in tables[0]), "the same weights, bit for bit"

@@ -6,13 +6,16 @@
     shard-000000.jsonl   its index: a line about the shard, then a line a frame
 
 The tars are plain WebDataset shards. An index is written when its tar is complete, so a tar without one does not count.
+Manifest and indexes are sealed: each holds a check sum of itself, so that neither a reader nor a call that goes on takes a
+damaged one for the truth.
 """
 
 import hashlib
 import json
+import re
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
+from pydantic import Field, NonNegativeInt, ValidationError
 
 from simipu3d.config import PartConfig
 from simipu3d.data.shard_store import Store, StoreError
@@ -48,6 +51,8 @@ class ShardInfo(PartConfig):
 class IndexHeader(PartConfig):
     """The first line of an index."""
 
+    seal: Digest = ""
+    """See `sealed`."""
     format: int
     """`FORMAT` of the writer."""
     written_from: Digest
@@ -89,6 +94,8 @@ class FrameEntry(NamedTuple):
 class Manifest(PartConfig):
     """manifest.json: written last, whole."""
 
+    seal: Digest = ""
+    """See `sealed`."""
     format: int
     """`FORMAT` of the writer."""
     simipu3d: str
@@ -138,9 +145,14 @@ def read_manifest(store: Store) -> Manifest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(f"{path}: damaged: {where}: {first['msg']}; run prepare_data again") from error
-    if manifest.frames != sum(shard.frames for shard in manifest.shards):
-        raise UserError(f"{path}: damaged: its shards hold not the {manifest.frames} frames it speaks of")
+    if not is_sealed(content):
+        raise UserError(f"{path}: damaged: differs from its own check sum; run prepare_data again")
     return manifest
+
+
+def dump_manifest(manifest: Manifest) -> bytes:
+    """The text of manifest.json, sealed."""
+    return sealed(dump_json(json.loads(manifest.model_dump_json())))
 
 
 def check_format(content: bytes, path: str) -> None:
@@ -157,19 +169,17 @@ def check_format(content: bytes, path: str) -> None:
 
 
 def dump_index(header: IndexHeader, frames: list[FrameEntry]) -> bytes:
-    """The text of an index."""
+    """The text of an index, sealed."""
     lines = [header.model_dump_json(), *(json.dumps(entry, ensure_ascii=False) for entry in frames)]
-    return ("\n".join(lines) + "\n").encode()
+    return sealed(("\n".join(lines) + "\n").encode())
 
 
 def parse_header(content: bytes) -> IndexHeader | None:
-    """The first line of an index; None where it is damaged."""
-    return _validated(IndexHeader, content.partition(b"\n")[0])
-
-
-def _validated(model: type[IndexHeader], line: bytes) -> IndexHeader | None:
+    """The first line of an index; None where the index is damaged."""
+    if not is_sealed(content):
+        return None
     try:
-        return model.model_validate_json(line)
+        return IndexHeader.model_validate_json(content.partition(b"\n")[0])
     except ValidationError:
         return None
 
@@ -192,6 +202,16 @@ def digest(content: bytes) -> Digest:
     return hashlib.sha256(content).hexdigest()
 
 
-def plain_model(model: BaseModel) -> bytes:
-    """A model as the text of its file."""
-    return dump_json(json.loads(model.model_dump_json()))
+_SEAL = re.compile(rb'"seal": ?"([0-9a-f]*)"')
+
+
+def sealed(content: bytes) -> bytes:
+    """A text whose first `seal` is empty, with its own SHA-256 in that place."""
+    place = _SEAL.search(content).end(1)
+    return content[:place] + digest(content).encode() + content[place:]
+
+
+def is_sealed(content: bytes) -> bool:
+    """Is a text as `sealed` gave it?"""
+    found = _SEAL.search(content)
+    return found is not None and digest(content[: found.start(1)] + content[found.end(1) :]).encode() == found[1]

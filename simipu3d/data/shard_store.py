@@ -4,10 +4,13 @@ Both are used through the same few methods. What cannot be read or written raise
 whole or not at all (a local one is renamed into its place, a remote one is uploaded in one piece).
 """
 
+import fcntl
 import os
+import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 
@@ -21,6 +24,10 @@ MAX_OPEN_FILES = 32
 """Handles a process keeps; the least recently used one is closed."""
 RETRY_AFTER = (0.5, 2.0)
 """Seconds before the second and the third try of a remote read: networks fail for moments."""
+
+
+LOCK_SECONDS = 5.0
+"""How long a call waits for the worker processes of a killed one, which hold its lock until they notice."""
 
 
 class StoreError(UserError):
@@ -53,9 +60,20 @@ class Store(Protocol):
     def parts_folder(self) -> Path | None:
         """Where a file is best made that `put` will take over; None: anywhere."""
 
+    def names(self) -> list[str] | None:
+        """All files, sorted; None where the place cannot tell."""
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Keep other writers out, as far as the place can. It ends with the process, whatever ends that."""
+
 
 def open_store(url: str) -> "Store":
     """The store at a local path or a URL that fsspec knows (s3://bucket/folder, https://...)."""
+    if hidden := re.search(r"//[^/@]*:[^/@]*@", url):
+        raise StoreError(
+            f"{url.replace(hidden[0], '//...@')}: a password in a URL would be written into configurations and logs; give it "
+            "to fsspec in its own way (environment variables, or a file in ~/.config/fsspec)"
+        )
     protocol, found, rest = url.partition("://")
     if not found:
         return LocalStore(Path(url))
@@ -128,6 +146,25 @@ class LocalStore:
             raise StoreError(f"{self.folder}: cannot be made ({_reason(error)})") from error
         return self.folder
 
+    def names(self) -> list[str] | None:
+        try:
+            return sorted(os.listdir(self.folder))
+        except OSError as error:
+            raise StoreError(f"{self.folder}: {_reason(error)}") from error
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        handle = os.open(self.parts_folder(), os.O_RDONLY)
+        try:
+            deadline = time.monotonic() + LOCK_SECONDS
+            while not _locked(handle):
+                if time.monotonic() > deadline:
+                    raise StoreError(f"{self.folder}: another prepare_data writes there; wait for it, or end it")
+                time.sleep(0.1)
+            yield
+        finally:
+            os.close(handle)
+
 
 class RemoteStore:
     """Files behind a URL; a forked process opens its own connection."""
@@ -196,10 +233,31 @@ class RemoteStore:
     def parts_folder(self) -> Path | None:
         return None
 
+    def names(self) -> list[str] | None:
+        filesystem, root = self._connect()
+        try:
+            return sorted(path.rstrip("/").rpartition("/")[2] for path in filesystem.ls(root, detail=False))
+        except Exception:  # a web server, say, knows files and no folders
+            return None
+
+    def lock(self) -> AbstractContextManager[None]:
+        return nullcontext()  # two writers upload the same bytes, each file in one piece
+
 
 def _make_and_pipe(filesystem: Any, path: str, content: bytes) -> None:
     filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
     filesystem.pipe_file(path, content)
+
+
+def _locked(handle: int) -> bool:
+    """Take the lock of an open folder, without waiting; true too where the disk knows no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _reason(error: Exception) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import json
 
 from simipu3d.data.readers.shards import ShardsConfig, ShardsReader
-from simipu3d.data.shard_format import PREPARE, ShardInfo, digest, parse_header
+from simipu3d.data.shard_format import PREPARE, ShardInfo, digest, is_sealed, parse_header
 from simipu3d.data.shard_jobs import check_stopped, progress_bar, run_jobs
 from simipu3d.data.shard_store import Store, StoreError
 from simipu3d.errors import BadFrameError
@@ -28,7 +28,7 @@ def verify_shards(url: str, workers: int = 1) -> tuple[ShardsReader, list[str]]:
     # A set with lost shards must open, so that each of them is named.
     reader = ShardsReader(ShardsConfig(root=url, max_bad_fraction=1.0))
     shards = reader.manifest.shards
-    problems = {-1: _check_origin(reader)}
+    problems = {-1: _check_origin(reader), len(shards): _check_strangers(reader)}
     with progress_bar() as bar:
         task = bar.add_task(f"verifying {len(shards)} shards", total=len(reader))
         for number, found in run_jobs(VerifyJob(reader), range(len(shards)), workers):
@@ -41,14 +41,21 @@ def verify_shards(url: str, workers: int = 1) -> tuple[ShardsReader, list[str]]:
 def _check_origin(reader: ShardsReader) -> list[str]:
     path = reader.store.path(PREPARE)
     try:
-        found = json.loads(reader.store.read(PREPARE))["config"]
+        content = reader.store.read(PREPARE)
     except StoreError as error:
         return [str(error)]
-    except (ValueError, KeyError, TypeError):
-        return [f"{path}: damaged"]
-    if found != reader.manifest.config:
+    if not is_sealed(content):
+        return [f"{path}: damaged: differs from its own check sum"]
+    if json.loads(content)["config"] != reader.manifest.config:
         return [f"{path}: holds another configuration than the manifest"]
     return []
+
+
+def _check_strangers(reader: ShardsReader) -> list[str]:
+    """Shards that the manifest does not know; other programs would read them with the rest."""
+    known = {name for shard in reader.manifest.shards for name in (shard.name, shard.index)}
+    found = [name for name in reader.store.names() or () if name.endswith((".tar", ".jsonl")) and name not in known]
+    return [f"{reader.store.path(name)}: the manifest knows no such file; delete it" for name in found]
 
 
 class VerifyJob:

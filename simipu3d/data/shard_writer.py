@@ -35,8 +35,10 @@ from simipu3d.data.shard_format import (
     digest,
     dump_index,
     dump_json,
+    dump_manifest,
+    is_sealed,
     parse_header,
-    plain_model,
+    sealed,
     shard_stem,
 )
 from simipu3d.data.shard_frames import PrepareConfig, encode_frame
@@ -90,14 +92,19 @@ def prepare_shards(config: DataConfig, prepare: PrepareConfig, url: str, workers
         what was written.
 
     Raises:
-        UserError: another configuration's shards lie there, the place cannot be written, a frame is bad and
-            `on_bad_frame` is `raise`, or too many are.
+        UserError: another configuration's shards lie there, another call writes there, the place cannot be written, a
+            frame is bad and `on_bad_frame` is `raise`, or too many are.
     """
     store = open_store(url)
     reader = build_reader(config)
     reader.prepare()
     if len(reader) == 0:
         raise UserError(f"data.split: split {config.split} of {config.root or config.name} has no frames to write")
+    with store.lock():
+        return _write_set(store, reader, config, prepare, workers)
+
+
+def _write_set(store: Store, reader: FrameReader, config: DataConfig, prepare: PrepareConfig, workers: int) -> Manifest:
     plan, plain = _plan(store, reader, config, prepare, workers)
     _remove_parts(store)
     limit = BadFrameLimit(config, plan.num_frames)
@@ -105,7 +112,7 @@ def prepare_shards(config: DataConfig, prepare: PrepareConfig, url: str, workers
     missing = [number for number in range(plan.num_shards) if number not in written]
     for shard in written.values():
         limit.add(shard.header.skipped)
-    log.info("%s: %d of %d shards are there, %d to write", url, len(written), plan.num_shards, len(missing))
+    log.info("%s: %d of %d shards are there, %d to write", store.url, len(written), plan.num_shards, len(missing))
     job = ShardJob(reader, config, prepare, store, plan)
     with progress_bar() as bar:
         total = sum(len(plan.frames(number)) for number in missing)
@@ -116,7 +123,7 @@ def prepare_shards(config: DataConfig, prepare: PrepareConfig, url: str, workers
             bar.advance(task, len(plan.frames(shard.number)))
             bar.refresh()
     manifest = _manifest(plain, reader, [written[number] for number in range(plan.num_shards)])
-    store.write(MANIFEST, plain_model(manifest))
+    store.write(MANIFEST, dump_manifest(manifest))
     return manifest
 
 
@@ -137,10 +144,12 @@ def _plan(
             sizes = [size for size in run_jobs(job, probes, workers) if size is not None]
             mean = sum(sizes) / len(sizes) if sizes else 1e6
             per_shard = max(1, int(prepare.shard_megabytes * 1e6 / mean))
-        text = {"format": FORMAT, "config": plain, "frames": len(reader), "frames_per_shard": per_shard}
-        store.write(PREPARE, dump_json(text))
+        text = {"seal": "", "format": FORMAT, "config": plain, "frames": len(reader), "frames_per_shard": per_shard}
+        store.write(PREPARE, sealed(dump_json(text)))
     content = store.read(PREPARE)
     check_format(content, path)
+    if not is_sealed(content):
+        raise UserError(f"{path}: damaged: differs from its own check sum; delete {store.url} and begin again")
     found = json.loads(content)
     changes = changed_keys(found["config"], plain)
     if changes:
@@ -160,7 +169,7 @@ def _remove_parts(store: Store) -> None:
     """Delete what a killed call left half written."""
     folder = store.parts_folder()
     if folder is not None:
-        for part in folder.glob(".shard-*.part"):
+        for part in folder.glob(".*.part"):
             part.unlink(missing_ok=True)
 
 
@@ -173,7 +182,7 @@ def _finished(store: Store, plan: Plan) -> dict[int, Written]:
             continue
         index = store.read(f"{stem}.jsonl")
         header = parse_header(index)
-        if header is None or header.written_from != plan.written_from or index.count(b"\n") != header.frames + 1:
+        if header is None or header.written_from != plan.written_from:
             continue
         if store.size(f"{stem}.tar") == header.bytes:
             found[number] = _written(number, index, header)

@@ -36,34 +36,49 @@ class MixedSet(PartConfig):
     """The reader's own block."""
 
 
-def _parse_set(block: Any) -> MixedSet:
-    """A plain entry of `data.sets`, validated; errors begin with the key."""
+def _parse_sets(blocks: Any) -> tuple[MixedSet, ...]:
+    """The plain entries of `data.sets`, validated."""
+    if not isinstance(blocks, list | tuple) or not blocks:
+        raise UserError(f"data.sets: expected a list of one data set or more, got {blocks!r}")
+    return tuple(_parse_set(f"data.sets.{number}", block) for number, block in enumerate(blocks))
+
+
+def _parse_set(prefix: str, block: Any) -> MixedSet:
+    """One entry; `prefix` is its key."""
     if isinstance(block, MixedSet):
         return block
     if not isinstance(block, dict):
-        raise ValueError(f"expected a block of keys like {{name: kitti, root: ..., weight: 1.0}}, got {block!r}")
+        raise UserError(
+            f"{prefix}: expected a block of keys like {{name: kitti, root: ..., weight: 1.0}}, got {block!r}"
+        )
     own = {key: value for key, value in block.items() if key not in ("weight", "augment")}
     for key in OUTER_KEYS:
         if key in own:
-            raise ValueError(f"{key}: holds for all sets together; set data.{key} instead")
+            raise UserError(f"{prefix}.{key}: holds for all sets together; set data.{key} instead")
     names = [name for name in READERS.names() if name != "mixed"]
     if own.get("name") not in names:
-        raise ValueError(f"name: this key chooses the data set; there are {', '.join(names)}")
+        raise UserError(f"{prefix}.name: this key chooses the data set; there are {', '.join(names)}")
     augment = block.get("augment") or {}
-    parse_block("augment", AugmentConfig, augment)
-    weight = parse_block("", _Weight, {"weight": block.get("weight", 1.0)}).weight
+    parse_block(f"{prefix}.augment", AugmentConfig, augment)
+    weight = parse_block(prefix, _Weight, {"weight": block.get("weight", 1.0)}).weight
     data = READERS[own["name"]]
-    return MixedSet.model_construct(weight=weight, augment=augment, data=parse_block("", data.config, own))
+    return MixedSet.model_construct(weight=weight, augment=augment, data=parse_block(prefix, data.config, own))
 
 
 class _Weight(PartConfig):
     weight: PositiveFloat
 
 
-def _plain_set(entry: MixedSet) -> dict[str, Any]:
-    """The entry as a file has it, every default filled in."""
-    own = {key: value for key, value in to_plain(entry.data).items() if key not in (*OUTER_KEYS, "augment")}
-    return {"weight": entry.weight, **own, "augment": entry.augment}
+def _plain_sets(sets: tuple[MixedSet, ...]) -> list[dict[str, Any]]:
+    """The entries as a file has them, every default filled in."""
+    return [
+        {
+            "weight": entry.weight,
+            **{key: value for key, value in to_plain(entry.data).items() if key not in (*OUTER_KEYS, "augment")},
+            "augment": entry.augment,
+        }
+        for entry in sets
+    ]
 
 
 class MixedConfig(DataConfig):
@@ -77,9 +92,7 @@ class MixedConfig(DataConfig):
     """Each set has its own."""
     cameras: None = None
     """Each set has its own."""
-    sets: Annotated[
-        tuple[Annotated[MixedSet, PlainValidator(_parse_set), PlainSerializer(_plain_set)], ...], Field(min_length=1)
-    ]
+    sets: Annotated[tuple[MixedSet, ...], PlainValidator(_parse_sets), PlainSerializer(_plain_sets)]
     """The data sets: `weight`, `augment` (keys that differ from data.augment), and each reader's own keys, like
     {name: kitti, root: /path/to/kitti, weight: 2.0}."""
 
@@ -178,9 +191,11 @@ def _open_set(config: MixedConfig, number: int) -> FrameReader:
     try:
         reader = READERS[own.name].target(own)
     except UserError as error:
-        raise UserError(f"data.sets.{number}: {error}") from error
+        message = str(error)  # names a key of the block as if it stood in data:
+        key = f".{message.removeprefix('data.')}" if message.startswith("data.") else f": {message}"
+        raise UserError(f"data.sets.{number}{key}") from error
     if len(reader) == 0:
-        raise UserError(f"data.sets.{number}: split {own.split} of {own.root or own.name} has no frames")
+        raise UserError(f"data.sets.{number}.split: split {own.split} of {own.root or own.name} has no frames")
     return reader
 
 

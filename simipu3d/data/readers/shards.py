@@ -6,12 +6,12 @@ order, `shuffle_shards` at a time, and their frames are mixed: neighbouring read
 """
 
 from collections import OrderedDict
-from typing import Literal
+from typing import Annotated, Literal
 from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from simipu3d.contracts.frame import Frame
 from simipu3d.data.config import DataConfig
@@ -34,7 +34,7 @@ class ShardsConfig(DataConfig):
 
     name: str = "shards"
     """Which reader (`READERS`)."""
-    root: str
+    root: Annotated[str, Field(min_length=1)]
     """Where manifest.json lies: a folder, or a URL like s3://bucket/folder (which needs that filesystem's package)."""
     split: Literal["all"] = "all"
     """A shard set holds one split."""
