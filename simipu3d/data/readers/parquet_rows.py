@@ -22,8 +22,11 @@ from simipu3d.errors import BadFrameError
 
 WAY_OUT = "download the file again, or leave its segment out with data.split_file"
 
-BATCH_BYTES = 32 << 20
-"""Of a row group that is larger than this, decoded, only so much is held at a time."""
+BATCH_BYTES = 16 << 20
+"""Of a row group whose wanted columns are larger than this, decoded, only so much is held at a time."""
+
+NUMBER_BYTES = {"INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8}
+"""Of a decoded value, by parquet's own types."""
 
 READ_BYTES = 1 << 20
 """A column is read from the disk in pieces of this size."""
@@ -92,8 +95,8 @@ class ParquetRows:
         return table
 
     def _read_group(self, group: int, wanted: NDArray[np.int64], columns: Sequence[str]) -> list[pa.RecordBatch]:
-        metadata = self.file.metadata.row_group(group)
-        batch_rows = max(1, BATCH_BYTES * metadata.num_rows // max(1, metadata.total_byte_size))
+        num_rows = self.file.metadata.row_group(group).num_rows
+        batch_rows = max(1, BATCH_BYTES * num_rows // max(1, self._decoded_bytes(group, columns)))
         found, start = [], 0
         for batch in self.file.iter_batches(batch_rows, row_groups=[group], columns=list(columns), use_threads=False):
             inside = wanted[(wanted >= start) & (wanted < start + len(batch))] - start
@@ -103,6 +106,17 @@ class ParquetRows:
             if start > wanted[-1]:
                 break
         return found
+
+    def _decoded_bytes(self, group: int, columns: Sequence[str]) -> int:
+        """About how large some columns of a row group are in memory; on disk, numbers may be encoded much smaller."""
+        metadata = self.file.metadata.row_group(group)
+        chunks = [metadata.column(place) for place in range(metadata.num_columns)]
+        # A list's numbers lie in a column below the list's own: name.list.element.
+        wanted = [chunk for chunk in chunks if any(_belongs(chunk.path_in_schema, name) for name in columns)]
+        return sum(
+            max(chunk.total_uncompressed_size, chunk.num_values * NUMBER_BYTES.get(chunk.physical_type, 0))
+            for chunk in wanted
+        )
 
     def _integers(self, name: str, column: pa.ChunkedArray) -> NDArray[np.int64]:
         if not pa.types.is_integer(column.type) or column.null_count:
@@ -120,6 +134,10 @@ class ParquetRows:
             raise BadFrameError(
                 f"{self.path}: is cut short, damaged, or no parquet file ({' '.join(str(error).split())}); {WAY_OUT}"
             ) from error
+
+
+def _belongs(path: str, column: str) -> bool:
+    return path == column or path.startswith(f"{column}.list.")
 
 
 class Recent:

@@ -27,6 +27,7 @@ from simipu3d.data.readers.waymo_moment import (
     WaymoMoment,
     WaymoRequest,
     WaymoReturn,
+    is_motion,
 )
 from simipu3d.errors import BadFrameError, UserError
 
@@ -352,7 +353,7 @@ class WaymoV2:
         if len(numbers) != 16 or None in numbers or not np.isfinite(numbers).all():
             raise self._bad(component, segment, f"a transform has {len(numbers)} numbers, expected 16 finite ones")
         matrix = np.array(numbers, dtype=np.float64).reshape(4, 4)
-        if abs(np.linalg.det(matrix[:3, :3]) - 1) > 1e-3 or matrix[3].tolist() != [0, 0, 0, 1]:
+        if not is_motion(matrix):
             raise self._bad(component, segment, f"a transform is no rigid motion: {numbers}")
         return matrix
 
