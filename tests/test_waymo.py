@@ -38,7 +38,7 @@ from waymo_drive import (
 from simipu3d.config import parse_part
 from simipu3d.data.module import build_reader
 from simipu3d.data.readers import parquet_rows, waymo_v2
-from simipu3d.data.readers.parquet_rows import ParquetRows
+from simipu3d.data.readers.parquet_rows import ParquetRows, Recent
 from simipu3d.data.readers.waymo_moment import CAMERA_NAMES, LASER_NAMES, WaymoRequest
 from simipu3d.engine.pretrain import pretrain
 from simipu3d.errors import BadFrameError, UserError
@@ -470,6 +470,34 @@ def test_rows_do_not_depend_on_row_groups_and_batches(tmp_path, monkeypatch, row
         assert found.to_pylist() == [{"x": row["x"], "key": key} for row in mine if row["key"] == key]
 
 
+def test_a_large_row_group_is_decoded_once_when_it_is_read_in_order(tmp_path, monkeypatch):
+    """And any other order gives the same rows."""
+    monkeypatch.setattr(parquet_rows, "BATCH_BYTES", 400)
+    table = pa.table(
+        {"owner": ["a"] * 60, "key": [n // 2 for n in range(60)], "x": [[float(n)] * 5 for n in range(60)]}
+    )
+    pq.write_table(table, tmp_path / "t.parquet")
+    file = ParquetRows(tmp_path / "t.parquet", ("owner", "a"), ("key",), Recent(2))
+    begun, real = [], file.file
+    fake = SimpleNamespace(metadata=real.metadata, schema_arrow=real.schema_arrow)
+    fake.iter_batches = lambda *args, **keys: begun.append(args) or real.iter_batches(*args, **keys)
+    monkeypatch.setattr(file, "file", fake)
+
+    def check(key: int, columns: tuple[str, ...] = ("x",)) -> None:
+        found = file.read(file.rows[file.keys["key"] == key], columns)
+        assert found["x"].to_pylist() == table["x"].to_pylist()[2 * key : 2 * key + 2]
+
+    for key in range(30):
+        check(key)
+    assert len(begun) == 1
+    assert len(file.streams) == 0, "nothing is kept of a row group that was read to its end"
+    rng = np.random.default_rng(0)
+    for key in rng.integers(0, 30, 100).tolist():
+        check(key, ("x",) if rng.random() < 0.5 else ("key", "x"))
+        assert len(file.streams) <= 2
+    assert len(begun) < 101
+
+
 def test_batches_are_bounded_by_what_they_decode_to(tmp_path, monkeypatch):
     """Repeated numbers take next to no place in the file."""
     monkeypatch.setattr(parquet_rows, "BATCH_BYTES", 40_000)
@@ -478,7 +506,7 @@ def test_batches_are_bounded_by_what_they_decode_to(tmp_path, monkeypatch):
     file = ParquetRows(tmp_path / "t.parquet", ("owner", "a"), ("key",))
     asked, original = [], file.file.iter_batches
     monkeypatch.setattr(file, "file", SimpleNamespace(metadata=file.file.metadata, schema_arrow=file.file.schema_arrow))
-    file.file.iter_batches = lambda rows, **keys: asked.append(rows) or original(rows, **keys)
+    file.file.iter_batches = lambda rows, *rest, **keys: asked.append(rows) or original(rows, *rest, **keys)
     assert file.read(np.array([7, 29]), ("x",))["x"].to_pylist() == [[0.5] * 1000] * 2
     assert asked[0] * 8 * 1000 <= 40_000
     assert file.read(np.array([29]), ("key",))["key"].to_pylist() == [29]

@@ -49,6 +49,9 @@ KEYS = {
 NUM_OPEN = 48
 """Files that stay open, each with its key columns: those of some six segments."""
 
+NUM_STREAMS = 6
+"""Row groups that wait half decoded: one for each component that a frame is made of."""
+
 INTRINSICS = ("f_u", "f_v", "c_u", "c_v", "k1", "k2", "p1", "p2", "k3")
 POSE = "[VehiclePoseComponent].world_from_vehicle.transform"
 IMAGE, IMAGE_POSE, IMAGE_POSE_TIME = (
@@ -126,7 +129,7 @@ class WaymoV2:
 
     def __init__(self, root: Path, segments: tuple[str, ...], request: WaymoRequest):
         self.root, self.request = root, request
-        self._tables, self._calibrations = Recent(NUM_OPEN), Recent(NUM_OPEN)
+        self._tables, self._calibrations, self._streams = Recent(NUM_OPEN), Recent(NUM_OPEN), Recent(NUM_STREAMS)
         self._check_files(segments)
         self._timestamps = {segment: self._read_timestamps(segment) for segment in segments}
         self.moments = tuple(
@@ -290,7 +293,7 @@ class WaymoV2:
 
     def _table(self, component: str, segment: str) -> ParquetRows:
         path = self.root / component / f"{segment}.parquet"
-        return self._tables.get(path, lambda: ParquetRows(path, (SEGMENT, segment), KEYS[component]))
+        return self._tables.get(path, lambda: ParquetRows(path, (SEGMENT, segment), KEYS[component], self._streams))
 
     def _rows(
         self,
