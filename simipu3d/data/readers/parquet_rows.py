@@ -39,11 +39,13 @@ class Stream:
     """How far some columns of a row group have been decoded.
 
     Attributes:
+        group: the row group.
         batches: those that are still to come.
         batch: the last one, or None at the beginning.
         start: place of its first row in the row group.
     """
 
+    group: int
     batches: Iterator[pa.RecordBatch]
     batch: pa.RecordBatch | None = None
     start: int = 0
@@ -114,11 +116,11 @@ class ParquetRows:
 
     def _read_group(self, group: int, wanted: NDArray[np.int64], columns: Sequence[str]) -> list[pa.RecordBatch]:
         num_rows = self.file.metadata.row_group(group).num_rows
-        key = (self.path, group, tuple(columns))
+        key = (self.path, tuple(columns))
         stream = self.streams.pop(key)
-        if stream is None or stream.start > wanted[0]:
+        if stream is None or stream.group != group or stream.start > wanted[0]:
             batch_rows = max(1, BATCH_BYTES * num_rows // max(1, self._decoded_bytes(group, columns)))
-            stream = Stream(self.file.iter_batches(batch_rows, [group], list(columns), use_threads=False))
+            stream = Stream(group, self.file.iter_batches(batch_rows, [group], list(columns), use_threads=False))
         found, end = [], 0
         while True:
             if stream.batch is not None:
