@@ -2,9 +2,11 @@
 
 import math
 import pickle
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +38,7 @@ from waymo_drive import (
 from simipu3d.config import parse_part
 from simipu3d.data.module import build_reader
 from simipu3d.data.readers import parquet_rows, waymo_v2
-from simipu3d.data.readers.parquet_rows import ParquetRows
+from simipu3d.data.readers.parquet_rows import ParquetRows, Recent
 from simipu3d.data.readers.waymo_moment import CAMERA_NAMES, LASER_NAMES, WaymoRequest
 from simipu3d.engine.pretrain import pretrain
 from simipu3d.errors import BadFrameError, UserError
@@ -341,6 +343,27 @@ def ids(reader) -> list[str]:
     return [reader[index].frame_id for index in range(len(reader))]
 
 
+@pytest.mark.parametrize(
+    ("keys", "hint"),
+    [
+        ({"split": "train"}, "data.version=v2 and data.split=all"),
+        ({"version": "v1"}, "data.version=v2 and data.split=all"),
+        ({"version": "v1", "split": "val"}, "data.version=v2 and data.split=all"),
+    ],
+)
+def test_files_that_lie_elsewhere_are_told(drive, keys, hint):
+    with pytest.raises(UserError, match=f"{re.escape(str(drive))} has .*{hint}"):
+        open_waymo(drive, **keys)
+
+
+def test_records_that_lie_elsewhere_are_told(tmp_path):
+    (tmp_path / "validation").mkdir()
+    (tmp_path / "validation" / "a.tfrecord").touch()
+    for keys in ({"split": "train"}, {"split": "val"}, {"version": "v1", "split": "test"}):
+        with pytest.raises(UserError, match=r"data\.version=v1 and data\.split=val"):
+            open_waymo(tmp_path, **keys)
+
+
 def test_fractions_and_intervals(drive):
     quick = {"lasers": [], "cameras": ["FRONT"], "load_boxes": False}
     whole = ids(open_waymo(drive, **quick))
@@ -372,7 +395,7 @@ def test_splits_and_lists(drive, tmp_path):
         with pytest.raises(UserError, match=words):
             open_waymo(drive, split_file=mine)
     for keys, words in (
-        ({"split": "train"}, ("training/vehicle_pose", "no such folder", "data.split")),
+        ({"split": "train"}, ("training: holds no vehicle_pose", "data.split=all")),
         ({"split": "nonsense"}, ("data.split", "train")),
         ({"version": "v7"}, ("data.version", "v2")),
         ({"cameras": ["REAR"]}, ("data.cameras", "FRONT_LEFT")),
@@ -445,6 +468,49 @@ def test_rows_do_not_depend_on_row_groups_and_batches(tmp_path, monkeypatch, row
     for key in range(10):
         found = file.read(file.rows[file.keys["key"] == key], ("x", "key"))
         assert found.to_pylist() == [{"x": row["x"], "key": key} for row in mine if row["key"] == key]
+
+
+def test_a_large_row_group_is_decoded_once_when_it_is_read_in_order(tmp_path, monkeypatch):
+    """And any other order gives the same rows."""
+    monkeypatch.setattr(parquet_rows, "BATCH_BYTES", 400)
+    table = pa.table(
+        {"owner": ["a"] * 60, "key": [n // 2 for n in range(60)], "x": [[float(n)] * 5 for n in range(60)]}
+    )
+    pq.write_table(table, tmp_path / "t.parquet")
+    file = ParquetRows(tmp_path / "t.parquet", ("owner", "a"), ("key",), Recent(2))
+    begun, real = [], file.file
+    fake = SimpleNamespace(metadata=real.metadata, schema_arrow=real.schema_arrow)
+    fake.iter_batches = lambda *args, **keys: begun.append(args) or real.iter_batches(*args, **keys)
+    monkeypatch.setattr(file, "file", fake)
+
+    def check(key: int, columns: tuple[str, ...] = ("x",)) -> None:
+        found = file.read(file.rows[file.keys["key"] == key], columns)
+        assert found["x"].to_pylist() == table["x"].to_pylist()[2 * key : 2 * key + 2]
+
+    for key in range(30):
+        check(key)
+    assert len(begun) == 1
+    assert len(file.streams) == 0, "nothing is kept of a row group that was read to its end"
+    rng = np.random.default_rng(0)
+    for key in rng.integers(0, 30, 100).tolist():
+        check(key, ("x",) if rng.random() < 0.5 else ("key", "x"))
+        assert len(file.streams) <= 2
+    assert len(begun) < 101
+
+
+def test_batches_are_bounded_by_what_they_decode_to(tmp_path, monkeypatch):
+    """Repeated numbers take next to no place in the file."""
+    monkeypatch.setattr(parquet_rows, "BATCH_BYTES", 40_000)
+    table = pa.table({"owner": ["a"] * 30, "key": list(range(30)), "x": [[0.5] * 1000] * 30, "y": [b"z" * 4000] * 30})
+    pq.write_table(table, tmp_path / "t.parquet")
+    file = ParquetRows(tmp_path / "t.parquet", ("owner", "a"), ("key",))
+    asked, original = [], file.file.iter_batches
+    monkeypatch.setattr(file, "file", SimpleNamespace(metadata=file.file.metadata, schema_arrow=file.file.schema_arrow))
+    file.file.iter_batches = lambda rows, *rest, **keys: asked.append(rows) or original(rows, *rest, **keys)
+    assert file.read(np.array([7, 29]), ("x",))["x"].to_pylist() == [[0.5] * 1000] * 2
+    assert asked[0] * 8 * 1000 <= 40_000
+    assert file.read(np.array([29]), ("key",))["key"].to_pylist() == [29]
+    assert asked[1] >= 30, "a column that is not wanted does not count"
 
 
 def same_frame(one, other) -> bool:
@@ -600,11 +666,11 @@ def with_nan(values):
 READING = {
     "no image of a camera": (
         without_rows("camera_image", camera_name=2, frame_timestamp_micros=T1),
-        ("has nothing of FRONT_LEFT", "data.cameras"),
+        ("camera_image/", "has nothing of FRONT_LEFT", "data.cameras"),
     ),
     "no scan of a lidar": (
         without_rows("lidar", laser_name=4, frame_timestamp_micros=T1),
-        ("has nothing of SIDE_RIGHT", "data.lasers"),
+        ("lidar/", "has nothing of SIDE_RIGHT", "data.lasers"),
     ),
     "no pixel poses": (without_rows("lidar_pose", frame_timestamp_micros=T1), ("lidar_pose", "no row of laser TOP")),
     "two images": (
@@ -613,7 +679,7 @@ READING = {
     ),
     "image cut short": (
         with_column("camera_image", "[CameraImageComponent].image", lambda v: [row[:-300] for row in v]),
-        ("camera FRONT", "the image is cut short"),
+        ("camera_image/", "camera FRONT", "the image is cut short"),
     ),
     "no image": (
         with_column("camera_image", "[CameraImageComponent].image", lambda v: [None] * len(v)),
@@ -647,6 +713,14 @@ READING = {
         with_column("camera_image", "[CameraImageComponent].pose.transform", lambda v: [[np.nan] * 16] * len(v)),
         ("camera_image", "16 finite"),
     ),
+    "a transform that shears": (
+        with_column(
+            "camera_image",
+            "[CameraImageComponent].pose.transform",
+            lambda v: [[1.0, 0.5, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1]] * len(v),
+        ),
+        ("camera_image", "no rigid motion"),
+    ),
     "a transform of zeros": (
         with_column("camera_image", "[CameraImageComponent].pose.transform", lambda v: [[0.0] * 16] * len(v)),
         ("camera_image", "no rigid motion"),
@@ -677,6 +751,7 @@ def test_a_damaged_frame_is_one_clear_line(root, name):
 def check_message(message: str, root: Path, words: tuple[str, ...]) -> None:
     assert "\n" not in message
     assert str(root) in message
+    assert "*" not in message, "a file has a name"
     assert all(word in message for word in words), message
     assert "download" in message or "data." in message, message
 

@@ -597,6 +597,22 @@ DAMAGES = {
         lambda message: message.pose.transform.__setitem__(3, float("inf")),
         "the vehicle's pose is to be 16 finite numbers and has NaN or infinity",
     ),
+    "pose of zeros": (
+        lambda message: message.pose.transform.__setitem__(slice(0, 16), [0.0] * 16),
+        "the vehicle's pose is no rigid motion",
+    ),
+    "sheared extrinsic": (
+        lambda message: message.context.camera_calibrations[1].extrinsic.transform.__setitem__(
+            slice(0, 16), [1.0, 0.5, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1]
+        ),
+        "the extrinsic of camera FRONT_LEFT is no rigid motion",
+    ),
+    "mirrored lidar": (
+        lambda message: message.context.laser_calibrations[1].extrinsic.transform.__setitem__(
+            slice(0, 16), [1.0, 0, 0, 0, 0, 1, 0, 0, 0, 0, -1, 0, 0, 0, 0, 1]
+        ),
+        "lidar FRONT: the extrinsic is no rigid motion",
+    ),
     "no pose": (lambda message: message.ClearField("pose"), r"no frame of the Waymo perception.* \(it has no pose\)"),
     "twice": (lambda message: message.images.append(message.images[0]), "holds an image of FRONT twice"),
     "box": (
@@ -700,7 +716,7 @@ def test_bad_folders_are_one_line(tmp_path):
     assert "holds no .tfrecord file of Waymo v1; set data.root to the folder that" in message_for()
     (tmp_path / "training").mkdir()
     write_records(tmp_path / "training" / "a.tfrecord", [b"x"])
-    assert message_for().endswith(f"set data.root to {tmp_path / 'training'}")
+    assert message_for().endswith(f"set data.root={tmp_path / 'training'} and data.split=all")
     path = official(tmp_path)
     write_records(path, [moment_to_record(full_moment())])
     assert "holds segment 1_2 (1 of 2 segments are missing)" in message_for((SEGMENT, "1_2"))

@@ -1,14 +1,16 @@
 """How are some rows of a large parquet file read, without holding more of it than they need?
 
 A file is a set of rows under key columns. The key columns are read once, and say which row group holds a wanted row; of
-that row group only the wanted columns are decoded, in batches of bounded size, up to the last wanted row. Nothing here
-starts threads, so it is safe in a forked worker.
+that row group only the wanted columns are decoded, in batches of bounded size, up to the last wanted row; the next read
+goes on from there, so that a file of one large row group is decoded once when it is read in order. Nothing here starts
+threads, so it is safe in a forked worker.
 """
 
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,31 @@ from simipu3d.errors import BadFrameError
 
 WAY_OUT = "download the file again, or leave its segment out with data.split_file"
 
-BATCH_BYTES = 32 << 20
-"""Of a row group that is larger than this, decoded, only so much is held at a time."""
+BATCH_BYTES = 16 << 20
+"""Of a row group whose wanted columns are larger than this, decoded, only so much is held at a time."""
+
+NUMBER_BYTES = {"INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8}
+"""Of a decoded value, by parquet's own types."""
 
 READ_BYTES = 1 << 20
 """A column is read from the disk in pieces of this size."""
+
+
+@dataclass
+class Stream:
+    """How far some columns of a row group have been decoded.
+
+    Attributes:
+        group: the row group.
+        batches: those that are still to come.
+        batch: the last one, or None at the beginning.
+        start: place of its first row in the row group.
+    """
+
+    group: int
+    batches: Iterator[pa.RecordBatch]
+    batch: pa.RecordBatch | None = None
+    start: int = 0
 
 
 class ParquetRows:
@@ -36,6 +58,7 @@ class ParquetRows:
         path: the file.
         owner: name of a text column and the value that the rows must have in it; others are passed over.
         keys: integer columns to find rows by.
+        streams: where row groups that were read in part wait for the next read; files may share it.
 
     Attributes:
         keys: (R,) int64 by name, of the rows that belong to the owner.
@@ -45,8 +68,8 @@ class ParquetRows:
         BadFrameError: the file is missing, damaged, or lacks a key column.
     """
 
-    def __init__(self, path: Path, owner: tuple[str, str], keys: Sequence[str]):
-        self.path = path
+    def __init__(self, path: Path, owner: tuple[str, str], keys: Sequence[str], streams: "Recent | None" = None):
+        self.path, self.streams = path, Recent(1) if streams is None else streams
         if not path.is_file():
             raise BadFrameError(f"{path}: no such file; {WAY_OUT}")
         with self._damage_told():
@@ -92,17 +115,38 @@ class ParquetRows:
         return table
 
     def _read_group(self, group: int, wanted: NDArray[np.int64], columns: Sequence[str]) -> list[pa.RecordBatch]:
-        metadata = self.file.metadata.row_group(group)
-        batch_rows = max(1, BATCH_BYTES * metadata.num_rows // max(1, metadata.total_byte_size))
-        found, start = [], 0
-        for batch in self.file.iter_batches(batch_rows, row_groups=[group], columns=list(columns), use_threads=False):
-            inside = wanted[(wanted >= start) & (wanted < start + len(batch))] - start
-            if len(inside):
-                found.append(batch.take(pa.array(inside)))
-            start += len(batch)
-            if start > wanted[-1]:
+        num_rows = self.file.metadata.row_group(group).num_rows
+        key = (self.path, tuple(columns))
+        stream = self.streams.pop(key)
+        if stream is None or stream.group != group or stream.start > wanted[0]:
+            batch_rows = max(1, BATCH_BYTES * num_rows // max(1, self._decoded_bytes(group, columns)))
+            stream = Stream(group, self.file.iter_batches(batch_rows, [group], list(columns), use_threads=False))
+        found, end = [], 0
+        while True:
+            if stream.batch is not None:
+                end = stream.start + len(stream.batch)
+                inside = wanted[(wanted >= stream.start) & (wanted < end)] - stream.start
+                if len(inside):
+                    found.append(stream.batch.take(pa.array(inside)))
+            if end > wanted[-1]:
                 break
+            stream.batch, stream.start = next(stream.batches, None), end
+            if stream.batch is None:
+                break
+        if wanted[-1] < num_rows - 1 and stream.batch is not None:
+            self.streams.get(key, lambda: stream)
         return found
+
+    def _decoded_bytes(self, group: int, columns: Sequence[str]) -> int:
+        """About how large some columns of a row group are in memory; on disk, numbers may be encoded much smaller."""
+        metadata = self.file.metadata.row_group(group)
+        chunks = [metadata.column(place) for place in range(metadata.num_columns)]
+        # A list's numbers lie in a column below the list's own: name.list.element.
+        wanted = [chunk for chunk in chunks if any(_belongs(chunk.path_in_schema, name) for name in columns)]
+        return sum(
+            max(chunk.total_uncompressed_size, chunk.num_values * NUMBER_BYTES.get(chunk.physical_type, 0))
+            for chunk in wanted
+        )
 
     def _integers(self, name: str, column: pa.ChunkedArray) -> NDArray[np.int64]:
         if not pa.types.is_integer(column.type) or column.null_count:
@@ -120,6 +164,10 @@ class ParquetRows:
             raise BadFrameError(
                 f"{self.path}: is cut short, damaged, or no parquet file ({' '.join(str(error).split())}); {WAY_OUT}"
             ) from error
+
+
+def _belongs(path: str, column: str) -> bool:
+    return path == column or path.startswith(f"{column}.list.")
 
 
 class Recent:
@@ -152,3 +200,7 @@ class Recent:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
         return self._kept[key]
+
+    def pop(self, key: Hashable) -> Any:
+        """What stands under a key, which stands there no more; None where nothing does."""
+        return self._kept.pop(key, None) if self._process == os.getpid() else None

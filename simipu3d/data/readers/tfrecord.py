@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from simipu3d.errors import BadFrameError, UserError
 
-WAY_OUT = "download the file again, or take its segment off the list"
-FRAME_WAY_OUT = "download the file again, take its segment off the list, or set data.on_bad_frame=skip"
+WAY_OUT = "download the file again, or leave its segment out with data.split_file"
+FRAME_WAY_OUT = "download the file again, leave its segment out with data.split_file, or set data.on_bad_frame=skip"
 
 _LENGTH = struct.Struct("<Q")
 _CRC = struct.Struct("<I")

@@ -50,6 +50,9 @@ FORMATS: dict[str, type[WaymoSource]] = {
 FOLDERS = {"train": "training", "val": "validation", "test": "testing"}
 """The folder of a split; `all` is the root itself."""
 
+SIGNS = {"v2": "vehicle_pose/*.parquet", "v1": "*.tfrecord"}
+"""What a split's folder holds in each format."""
+
 CAMERA_AXES = np.array([[0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]], dtype=np.float64)
 """From Waymo's camera axes to ours: x right, y down, z out of the lens."""
 
@@ -134,7 +137,7 @@ class WaymoReader:
         self.lasers = tuple(LASER_NAMES.values()) if config.lasers is None else config.lasers
         self.point_columns = ("x", "y", "z", *config.features)
         self.request = WaymoRequest(self.cameras, self.lasers, config.returns, config.load_boxes)
-        folder = config.root if config.split == "all" else config.root / FOLDERS[config.split]
+        folder = _folder(config)
         source = FORMATS[config.version]
         self.segments = _chosen_segments(config, folder, source.list_segments(folder))
         self.source = source(folder, self.segments, self.request)
@@ -148,7 +151,7 @@ class WaymoReader:
 
     def __getitem__(self, index: int) -> Frame:
         moment = self.source.read(self.positions[index])
-        where = _place(moment)
+        where = _place(moment, "lidar")
         _check_sensors(moment, self.request)
         cameras = tuple(_camera(camera, moment) for camera in moment.cameras)
         scans = [scan for scan, _ in self._scans(moment)]
@@ -180,7 +183,7 @@ class WaymoReader:
         number_of = {name: number for number, name in CAMERA_NAMES.items()}
         for scan, projection in self._scans(moment):
             if projection is None:
-                raise BadFrameError(f"{_place(moment)}: holds no lidar-to-camera projection; {WAY_OUT}")
+                raise BadFrameError(f"{_place(moment, 'lidar')}: holds no lidar-to-camera projection; {WAY_OUT}")
             for name, (points, pixels) in found.items():
                 for camera, u, v in (projection[:, :3].T, projection[:, 3:].T):
                     seen = camera == number_of[name]
@@ -215,7 +218,7 @@ class WaymoReader:
                 vehicle_from_world=vehicle_from_world if posed else None,
             )
         except ValueError as error:
-            raise BadFrameError(f"{_place(moment)}: lidar {laser.name}: {error}; {WAY_OUT}") from error
+            raise BadFrameError(f"{_place(moment, 'lidar')}: lidar {laser.name}: {error}; {WAY_OUT}") from error
         row, column = pixels.T
         values = image[row, column]
         columns = {"intensity": np.tanh(values[:, 1]), "elongation": values[:, 2]}
@@ -237,26 +240,27 @@ class WaymoReader:
         return kept
 
 
-def _place(moment: WaymoMoment) -> str:
-    return f"{moment.source}: frame at {moment.timestamp_micros}"
+def _place(moment: WaymoMoment, component: str = "*") -> str:
+    """File and frame, for messages."""
+    return f"{moment.source.replace('*', component)}: frame at {moment.timestamp_micros}"
 
 
 def _check_sensors(moment: WaymoMoment, request: WaymoRequest) -> None:
     """Raise `BadFrameError` when the files lack a sensor for this one moment."""
-    for key, asked, found in (
-        ("cameras", request.cameras, {camera.name for camera in moment.cameras}),
-        ("lasers", request.lasers, {laser.name for laser in moment.lasers}),
+    for key, component, asked, found in (
+        ("cameras", "camera_image", request.cameras, {camera.name for camera in moment.cameras}),
+        ("lasers", "lidar", request.lasers, {laser.name for laser in moment.lasers}),
     ):
         absent = [name for name in asked if name not in found]
         if absent:
             raise BadFrameError(
-                f"{_place(moment)}: has nothing of {', '.join(absent)}; leave it out of data.{key}, or set "
+                f"{_place(moment, component)}: has nothing of {', '.join(absent)}; leave it out of data.{key}, or set "
                 "data.on_bad_frame=skip"
             )
 
 
 def _camera(camera: WaymoCamera, moment: WaymoMoment) -> Camera:
-    where = f"{_place(moment)}: camera {camera.name}"
+    where = f"{_place(moment, 'camera_image')}: camera {camera.name}"
     image = decode_image(camera.jpeg, where)
     if image.shape[:2] != camera.size:
         raise BadFrameError(
@@ -276,6 +280,24 @@ def _camera(camera: WaymoCamera, moment: WaymoMoment) -> Camera:
         timestamp=camera.pose_timestamp,
         encoded=camera.jpeg,
     )
+
+
+def _folder(config: WaymoConfig) -> Path:
+    """Where the split's files lie. A folder that is absent, or of the other format, is told with what there is; what a
+    source may miss in a folder of its own format it tells itself."""
+    places = {split: config.root / name for split, name in FOLDERS.items()} | {"all": config.root}
+    folder = places[config.split]
+    own = SIGNS[config.version]
+    if any(folder.glob(own)) or (folder.is_dir() and not any(any(folder.glob(sign)) for sign in SIGNS.values())):
+        return folder
+    for split, place in {config.split: folder, **places}.items():
+        for version, sign in SIGNS.items():
+            if any(place.glob(sign)):
+                raise UserError(
+                    f"{folder}: holds no {own} (Waymo format {config.version}); {place} has {sign}: set "
+                    f"data.version={version} and data.split={split}"
+                )
+    return folder
 
 
 def _chosen_segments(config: WaymoConfig, folder: Path, present: tuple[str, ...]) -> tuple[str, ...]:

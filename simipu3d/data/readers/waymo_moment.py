@@ -88,7 +88,7 @@ class WaymoMoment:
     """One frame of a segment.
 
     Attributes:
-        source: the file that it came from, for messages.
+        source: the file that it came from, for messages; * stands for the component where each has a file of its own.
         segment: context name.
         timestamp_micros: of the frame.
         world_from_vehicle: (4, 4) float64 at that time.
@@ -123,6 +123,13 @@ class WaymoRequest:
     boxes: bool = True
     projected_boxes: bool = False
     projections: bool = False
+
+
+def is_motion(matrix: NDArray[np.float64]) -> bool:
+    """Is a finite (4, 4) a rotation and a shift? Files round to float32, hence the slack of 1e-3."""
+    rotation = matrix[:3, :3]
+    square = np.abs(rotation @ rotation.T - np.eye(3)).max() < 1e-3
+    return bool(square and np.linalg.det(rotation) > 0 and matrix[3].tolist() == [0, 0, 0, 1])
 
 
 class WaymoSource(Protocol):

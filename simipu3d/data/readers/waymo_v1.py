@@ -91,12 +91,12 @@ class WaymoV1:
 def _segment_paths(root: Path) -> dict[str, Path]:
     """Segment -> its file."""
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder; set data.root to the folder that holds the .tfrecord files")
+        raise UserError(f"{root}: no such folder; set data.root to the folder that holds it")
     files = sorted(path for path in root.glob("*.tfrecord") if path.is_file())
     if not files:
         below = next(iter(sorted(root.glob("*/*.tfrecord"))), None)
-        hint = f"set data.root to {below.parent}" if below else "set data.root to the folder that holds them"
-        raise UserError(f"{root}: holds no .tfrecord file of Waymo v1; {hint}")
+        hint = f"set data.root={below.parent}" if below else "set data.root to the folder that holds them,"
+        raise UserError(f"{root}: holds no .tfrecord file of Waymo v1; {hint} and data.split=all")
     paths: dict[str, Path] = {}
     for path in files:
         official = _OFFICIAL_NAME.search(path.name)

@@ -21,6 +21,7 @@ from simipu3d.data.readers.waymo_moment import (
     WaymoMoment,
     WaymoRequest,
     WaymoReturn,
+    is_motion,
 )
 from simipu3d.data.readers.waymo_protos import DamagedMatrixError, decode_matrix, matrix_values, message_class
 from simipu3d.errors import BadFrameError
@@ -101,11 +102,13 @@ def _by_name(messages: Iterable[Message], names: dict[int, str], what: str, sour
 
 
 def _matrix(transform: Message, what: str, source: str) -> NDArray[np.float64]:
-    """(4, 4) float64."""
+    """(4, 4) float64, a rigid motion."""
     values = np.array(transform.transform, dtype=np.float64)
     if len(values) != 16 or not np.isfinite(values).all():
         found = f"{len(values)} values" if len(values) != 16 else "NaN or infinity"
         raise BadFrameError(f"{source}: {what} is to be 16 finite numbers and has {found}; {FRAME_WAY_OUT}")
+    if not is_motion(values.reshape(4, 4)):
+        raise BadFrameError(f"{source}: {what} is no rigid motion: {values.tolist()}; {FRAME_WAY_OUT}")
     return values.reshape(4, 4)
 
 

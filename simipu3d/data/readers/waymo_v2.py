@@ -27,6 +27,7 @@ from simipu3d.data.readers.waymo_moment import (
     WaymoMoment,
     WaymoRequest,
     WaymoReturn,
+    is_motion,
 )
 from simipu3d.errors import BadFrameError, UserError
 
@@ -47,6 +48,9 @@ KEYS = {
 
 NUM_OPEN = 48
 """Files that stay open, each with its key columns: those of some six segments."""
+
+NUM_STREAMS = 6
+"""Row groups that wait half decoded: one for each component that a frame is made of."""
 
 INTRINSICS = ("f_u", "f_v", "c_u", "c_v", "k1", "k2", "p1", "p2", "k3")
 POSE = "[VehiclePoseComponent].world_from_vehicle.transform"
@@ -125,7 +129,7 @@ class WaymoV2:
 
     def __init__(self, root: Path, segments: tuple[str, ...], request: WaymoRequest):
         self.root, self.request = root, request
-        self._tables, self._calibrations = Recent(NUM_OPEN), Recent(NUM_OPEN)
+        self._tables, self._calibrations, self._streams = Recent(NUM_OPEN), Recent(NUM_OPEN), Recent(NUM_STREAMS)
         self._check_files(segments)
         self._timestamps = {segment: self._read_timestamps(segment) for segment in segments}
         self.moments = tuple(
@@ -289,7 +293,7 @@ class WaymoV2:
 
     def _table(self, component: str, segment: str) -> ParquetRows:
         path = self.root / component / f"{segment}.parquet"
-        return self._tables.get(path, lambda: ParquetRows(path, (SEGMENT, segment), KEYS[component]))
+        return self._tables.get(path, lambda: ParquetRows(path, (SEGMENT, segment), KEYS[component], self._streams))
 
     def _rows(
         self,
@@ -352,7 +356,7 @@ class WaymoV2:
         if len(numbers) != 16 or None in numbers or not np.isfinite(numbers).all():
             raise self._bad(component, segment, f"a transform has {len(numbers)} numbers, expected 16 finite ones")
         matrix = np.array(numbers, dtype=np.float64).reshape(4, 4)
-        if abs(np.linalg.det(matrix[:3, :3]) - 1) > 1e-3 or matrix[3].tolist() != [0, 0, 0, 1]:
+        if not is_motion(matrix):
             raise self._bad(component, segment, f"a transform is no rigid motion: {numbers}")
         return matrix
 
