@@ -7,8 +7,9 @@ import pytest
 from custom_rig import write_sequence
 from helpers import CAMERA_FROM_LIDAR, COLUMNS, street
 
+from simipu3d.config import parse_part
 from simipu3d.contracts.frame import Boxes, Frame
-from simipu3d.data.check import check_frame, check_frames, collect, frame_count, spread_indices, summary
+from simipu3d.data.check import as_on_disk, check_frame, check_frames, collect, frame_count, spread_indices, summary
 from simipu3d.errors import BadFrameError
 from simipu3d.registry import READERS
 from simipu3d.tools import inspect_data
@@ -235,3 +236,9 @@ def test_the_tool_says_how_it_went(tmp_path, capsys, monkeypatch):
     for word in ("-1", "some"):
         with pytest.raises(SystemExit):
             inspect_data.main(["--cfg", str(config), "--check", word])
+
+
+def test_a_check_reads_every_frame_of_a_configuration_that_leaves_some_out():
+    config = parse_part("data", READERS, {"name": "waymo", "root": "anywhere", "load_interval": 5, "frustum": True})
+    whole = as_on_disk(config)
+    assert (whole.load_interval, whole.frustum, whole.point_range) == (1, False, None)

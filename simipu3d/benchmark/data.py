@@ -44,8 +44,8 @@ def megabytes(what: str) -> float:
 
 
 def serve(pipe: Connection, data: str) -> None:
-    """A row's process: for every number received, read that many frames and send seconds a frame as (read, decode,
-    augment, megabytes); 0 ends it."""
+    """A row's process. A number received: read that many frames, send seconds a frame as (read, decode, augment). A
+    negative one: read that many, send megabytes held (half-way, at the end, at most), and end."""
     torch.set_num_threads(1)
     Path("/proc/self/clear_refs").write_text("5")  # the most it held is counted from here on
     before = megabytes("VmRSS")
@@ -53,7 +53,7 @@ def serve(pipe: Connection, data: str) -> None:
     reader = build_reader(config)
     reader.prepare()
     index = 0
-    while number := pipe.recv():
+    while (number := pipe.recv()) > 0:
         spent = [0.0, 0.0, 0.0]
         for _ in range(number):
             start = time.perf_counter()
@@ -64,32 +64,41 @@ def serve(pipe: Connection, data: str) -> None:
             spent[0] += read - start
             spent[1] += decode_again(frame)
             index += 1
-        pipe.send((*(seconds / number for seconds in spent), megabytes("VmRSS")))
-    pipe.send(megabytes("VmHWM") - before)
+        pipe.send(tuple(seconds / number for seconds in spent))
+    held = []
+    for half in (-number // 2, -number - -number // 2):
+        for _ in range(half):
+            reader[index % len(reader)]
+            index += 1
+        held.append(megabytes("VmRSS"))
+    pipe.send((*held, megabytes("VmHWM") - before))
 
 
-def time_cases(cases: list[Case], rounds: int, frames: int) -> list[dict[str, Any]]:
-    """Rows of the table; `rounds` x `frames` frames are read of every case, the first round only warms up."""
+def time_cases(cases: list[Case], rounds: int, frames: int, soak: int) -> list[dict[str, Any]]:
+    """Rows of the table.
+
+    Args:
+        cases: what to read.
+        rounds, frames: so many times so many frames of every case; one round more warms up.
+        soak: frames that each case reads in the end, for its memory.
+    """
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     for case in cases:
         pipes[case.name], theirs = context.Pipe()
         context.Process(target=serve, args=(theirs, json.dumps(case.data)), daemon=True).start()
         theirs.close()
-    answers: dict[str, list[tuple[float, float, float, float]]] = {case.name: [] for case in cases}
+    answers: dict[str, list[tuple[float, float, float]]] = {case.name: [] for case in cases}
     for _ in range(rounds + 1):
         for case in cases:
             pipes[case.name].send(frames)
             answers[case.name].append(pipes[case.name].recv())
-    medians = {
-        name: [statistics.median(column) for column in zip(*own[1:], strict=True)] for name, own in answers.items()
-    }
     rows = []
+    medians = {name: [statistics.median(one) for one in zip(*own[1:], strict=True)] for name, own in answers.items()}
     for case in cases:
-        pipes[case.name].send(0)
-        peak = pipes[case.name].recv()
-        read, decode, augment, _ = medians[case.name]
-        half = answers[case.name][len(answers[case.name]) // 2][3]
+        pipes[case.name].send(-soak)
+        half_way, end, peak = pipes[case.name].recv()
+        read, decode, augment = medians[case.name]
         faster = "" if case.against is None else f"{medians[case.against][0] / read:.2f} x {case.against}"
         rows.append(
             {
@@ -100,9 +109,9 @@ def time_cases(cases: list[Case], rounds: int, frames: int) -> list[dict[str, An
                 "geometry_ms": 1e3 * (read - decode),
                 "augment_ms": 1e3 * augment,
                 "reading_speed": faster,
-                "frames_read": (rounds + 1) * frames,
+                "frames_read": soak,
                 "peak_MB": peak,
-                "growth_MB": answers[case.name][-1][3] - half,
+                "growth_MB": end - half_way,
             }
         )
     return rows
@@ -113,8 +122,8 @@ def measure(samples: Path | None, quick: bool) -> list[dict[str, Any]]:
 
     Args:
         samples: folder with kitti/ and nuscenes/ in their official layouts, or None.
-        quick: two short rounds of small frames; only shows that everything runs.
+        quick: one short round of small frames; only shows that everything runs.
     """
     with tempfile.TemporaryDirectory(prefix="simipu3d-benchmark-") as folder:
         cases = write_made_data(Path(folder), samples, quick)
-        return time_cases(cases, rounds=2 if quick else 20, frames=2 if quick else 50)
+        return time_cases(cases, *((1, 2, 2) if quick else (8, 10, 1000)))
