@@ -28,6 +28,7 @@ from simipu3d.contracts.tokens import FeatureMap, PointTokens
 from simipu3d.contrast.heads import ProjectionHead
 from simipu3d.contrast.info_nce import ContrastResult, info_nce
 from simipu3d.encoders.image import ImageEncoder, ImageEncoderConfig
+from simipu3d.errors import UserError
 from simipu3d.geometry.camera import MIN_DEPTH
 from simipu3d.matching.assignment import TokenPairs, lidar_xyz, match_tokens
 from simipu3d.matching.projection import (
@@ -63,7 +64,10 @@ class MatchingConfig(PartConfig):
     @field_validator("assignment")
     @classmethod
     def _known(cls, name: str) -> str:
-        ASSIGNMENTS[name]  # names those there are
+        try:
+            ASSIGNMENTS[name]
+        except UserError as error:
+            raise ValueError(str(error)) from error  # the key goes before it
         return name
 
 
