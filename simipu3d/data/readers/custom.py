@@ -26,7 +26,7 @@ from simipu3d.data.readers.custom_sequence import (
     read_sequence,
 )
 from simipu3d.data.readers.files import WAY_OUT, decode_image, read_bytes, read_npy
-from simipu3d.data.readers.select_points import PointRange, check_point_range, in_frustum, in_range
+from simipu3d.data.readers.select_points import PointRange, check_point_range, select_points
 from simipu3d.errors import BadFrameError, UserError
 from simipu3d.registry import READERS
 
@@ -178,17 +178,7 @@ class CustomReader:
             columns.append(values / form.intensity_scale if name == "intensity" else values)
         points = np.column_stack(columns).astype(np.float32)
         check_points(points, str(path))
-        kept = points
-        if self.config.point_range is not None:
-            kept = kept[in_range(kept, self.config.point_range)]
-        if self.config.frustum:
-            kept = kept[in_frustum(kept, cameras)]
-        if len(kept) == 0:
-            raise BadFrameError(
-                f"{path}: none of its {len(points)} points is left after data.point_range and data.frustum; widen them, "
-                "check the calibration, or set data.on_bad_frame=skip"
-            )
-        return kept
+        return select_points(points, cameras, self.config.point_range, self.config.frustum, str(path))
 
     def _check_cameras(self) -> None:
         known = dict.fromkeys(camera.name for sequence in self.sequences.values() for camera in sequence.cameras)

@@ -24,7 +24,7 @@ from simipu3d.data.readers.files import WAY_OUT, decode_image, read_bytes, read_
 from simipu3d.data.readers.nuscenes_boxes import read_annotations
 from simipu3d.data.readers.nuscenes_splits import SPLITS, VERSIONS
 from simipu3d.data.readers.nuscenes_tables import KeyFrames, read_key_frames, read_scenes
-from simipu3d.data.readers.select_points import PointRange, check_point_range, in_frustum, in_range
+from simipu3d.data.readers.select_points import PointRange, check_point_range, select_points
 from simipu3d.errors import BadFrameError, UserError
 from simipu3d.registry import READERS
 
@@ -125,7 +125,14 @@ class NuScenesReader:
             self._camera(name, int(record), world_from_lidar)
             for name, record in zip(self.cameras, frames.cameras[index], strict=True)
         )
-        points = self._filter(self._points(lidar, lidar_from_world), cameras, self._path(lidar))
+        points = select_points(
+            self._points(lidar, lidar_from_world),
+            cameras,
+            self.config.point_range,
+            self.config.frustum,
+            str(self._path(lidar)),
+            "data.min_distance, data.point_range and data.frustum",
+        )
         return Frame(
             points=points,
             point_columns=self.point_columns,
@@ -190,20 +197,6 @@ class NuScenesReader:
             "time": np.full(len(raw), age, dtype=np.float32),
         }
         return np.column_stack([xyz.astype(np.float32), *(columns[name] for name in self.config.features)])
-
-    def _filter(self, points: NDArray[np.float32], cameras: tuple[Camera, ...], path: Path) -> NDArray[np.float32]:
-        """The points inside the range and, if asked for, inside an image; a frame that loses all of them is bad."""
-        kept = points
-        if self.config.point_range is not None:
-            kept = kept[in_range(kept, self.config.point_range)]
-        if self.config.frustum and cameras:
-            kept = kept[in_frustum(kept, cameras)]
-        if len(kept) == 0:
-            raise BadFrameError(
-                f"{path}: none of its points is left after data.min_distance, data.point_range and data.frustum; widen "
-                "them, or set data.on_bad_frame=skip"
-            )
-        return kept
 
     def _check_present(self) -> None:
         """Compare the tables with the folders once, so that a part of the download is told before training starts."""

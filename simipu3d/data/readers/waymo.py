@@ -22,7 +22,7 @@ from pydantic import Field, field_validator, model_validator
 from simipu3d.contracts.frame import Camera, Frame, check_points
 from simipu3d.data.config import DataConfig
 from simipu3d.data.readers.files import WAY_OUT, decode_image
-from simipu3d.data.readers.select_points import PointRange, check_point_range, in_frustum, in_range
+from simipu3d.data.readers.select_points import PointRange, check_point_range, select_points
 from simipu3d.data.readers.waymo_moment import (
     CAMERA_NAMES,
     LASER_NAMES,
@@ -158,7 +158,7 @@ class WaymoReader:
         points = np.concatenate([np.zeros((0, len(self.point_columns)), dtype=np.float32), *scans])
         if self.lasers:
             check_points(points, where)
-            points = self._filter(points, cameras, where)
+            points = select_points(points, cameras, self.config.point_range, self.config.frustum, where)
         return Frame(
             points=points,
             point_columns=self.point_columns,
@@ -224,20 +224,6 @@ class WaymoReader:
         columns = {"intensity": np.tanh(values[:, 1]), "elongation": values[:, 2]}
         scan = np.column_stack([xyz.astype(np.float32), *(columns[name] for name in self.config.features)])
         return scan, None if projection is None else projection[row, column]
-
-    def _filter(self, points: NDArray[np.float32], cameras: tuple[Camera, ...], where: str) -> NDArray[np.float32]:
-        """The points inside the range and, if asked for, inside an image; a frame that loses all of them is bad."""
-        kept = points
-        if self.config.point_range is not None:
-            kept = kept[in_range(kept, self.config.point_range)]
-        if self.config.frustum:
-            kept = kept[in_frustum(kept, cameras)]
-        if len(kept) == 0:
-            raise BadFrameError(
-                f"{where}: none of its {len(points)} points is left after data.point_range and data.frustum; widen "
-                "them, or set data.on_bad_frame=skip"
-            )
-        return kept
 
 
 def _place(moment: WaymoMoment, component: str = "*") -> str:
