@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simipu3d.config import parse_block, parse_part
 from simipu3d.encoders import foreign_names as names
-from simipu3d.encoders.foreign_weights import IMAGE_NAMINGS, LEAST, NAMINGS, Match, Naming, best_match
-from simipu3d.encoders.image import ImageEncoder, build_trunk
+from simipu3d.encoders.foreign_weights import IMAGE_NAMINGS, LEAST, NAMINGS, Match, Naming, best_match, further_layers
+from simipu3d.encoders.image import ImageEncoder, ImageEncoderConfig, build_trunk
 from simipu3d.encoders.image_weights import read_torch_file, read_weights, some_names
-from simipu3d.encoders.weight_folding import fold_eps, fold_input, norm_eps
+from simipu3d.encoders.weight_folding import fold_bias, fold_eps, fold_input, norm_eps
 from simipu3d.engine.run import read_checkpoint
 from simipu3d.errors import UserError
 from simipu3d.registry import POINT_ENCODERS
@@ -31,6 +32,10 @@ log = logging.getLogger(__name__)
 
 _RELEASED = re.compile(r"(^|\.)(pts_backbone\.SA_modules|mlp_cross_img|mlp_intro_points|img_conv1x1_1)\.")
 """Names that only pre-training by the released SimIPU leaves: BGR pictures, BatchNorm eps 1e-3."""
+
+
+_MOST_WRONG = 2
+"""Tensors of an image backbone that may have another shape: a first convolution for other channels, position codes."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +87,15 @@ def load_weights(method: nn.Module, path: Path) -> list[str]:
 
 def _load_own(method: nn.Module, path: Path) -> list[str]:
     prefix = "method."
-    state = {k.removeprefix(prefix): v for k, v in read_checkpoint(path)["state_dict"].items() if k.startswith(prefix)}
+    content = read_checkpoint(path)
+    state = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
     own = method.state_dict()
     used = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
     if not used:
         raise UserError(f"{path}: none of its {len(state)} tensors fits this configuration's {len(own)}")
+    for branch in _branches(method):
+        used |= _own_branch(branch, used, state, content["simipu3d"], path)
+    _check_finite(used, path)
     method.load_state_dict(used, strict=False)
     log.info("--init %s: %d tensors used", path, len(used))
     lines = [f"used: {name}" for name in used]
@@ -95,6 +104,80 @@ def _load_own(method: nn.Module, path: Path) -> list[str]:
             log.info("--init %s: %d tensors %s: %s", path, len(skipped), what, ", ".join(sorted(skipped)))
         lines += [f"{what}: {name}" for name in sorted(skipped)]
     return lines
+
+
+def _own_branch(
+    branch: Branch, used: dict[str, Tensor], state: dict[str, Tensor], run: Mapping[str, Any], path: Path
+) -> dict[str, Tensor]:
+    """An encoder's tensors of a run of ours, folded where that run had other BatchNorms or pictures."""
+    prefix = f"{branch.title}." + ("" if branch.encoder is None else "trunk.")
+    tensors, given = _below(prefix, used), _below(prefix, state)
+    block = run["config"].get(branch.title) if isinstance(run.get("config"), Mapping) else None
+    if not tensors or not isinstance(block, Mapping):
+        return {}
+    own = branch.module.state_dict()
+    wrong = [name for name, value in given.items() if name in own and own[name].shape != value.shape]
+    _check_same_network(branch, list(own), list(given), wrong, path)
+    own_eps = {name: eps for name, eps in norm_eps(branch.module).items() if f"{name}.running_var" in tensors}
+    if branch.encoder is None:
+        there = parse_part("point_encoder", POINT_ENCODERS, {**block})
+        with torch.device("meta"):
+            columns = tuple(run.get("point_columns") or ("x", "y", "z", "intensity"))
+            eps = norm_eps(POINT_ENCODERS[there.name].target(there, point_columns=columns))
+    else:
+        there = parse_block("image_encoder", ImageEncoderConfig, {**block, "pretrained": None})
+        eps = dict.fromkeys(own_eps, there.bn_eps) if there.bn_eps else norm_eps(build_trunk(there)[0])
+        first = (
+            branch.encoder.trunk.pretrained_cfg.get("first_conv") if there.input != branch.encoder.config.input else ""
+        )
+        if f"{first}.weight" in tensors:
+            log.info("--init: %s: %s folded from %s to %s", path, first, there.input, branch.encoder.config.input)
+            tensors = fold_input(tensors, first, there.input, branch.encoder.config.input)
+    tensors = _without_biases(branch, tensors, given)
+    tensors = fold_eps(tensors, {name: eps.get(name, old) for name, old in own_eps.items()}, own_eps, rescale=True)
+    return {prefix + name: value for name, value in tensors.items()}
+
+
+def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _check_same_network(branch: Branch, own: list[str], given: list[str], wrong: list[str], path: Path) -> None:
+    """Refuse a deeper network, and of pictures one of other widths: what fits of it computes something else.
+
+    Args:
+        branch: the encoder.
+        own: names of its tensors, as the file calls them.
+        given: names in the file, without prefix.
+        wrong: our names of those that have another shape there.
+
+    Raises:
+        UserError: it is another network.
+    """
+    absent = set() if branch.encoder is None else set(branch.encoder.untrained)
+    further = further_layers(own, (name for name in given if name not in absent))
+    if further:
+        raise UserError(
+            f"--init: {path}: {branch.title}: is deeper than this configuration's, by {some_names(further)}: another "
+            "network, whose layers would be put together wrongly; check the name, variant and layers of the encoder"
+        )
+    if branch.encoder is not None and len(wrong) > _MOST_WRONG:
+        raise UserError(
+            f"--init: {path}: {branch.title}: {len(wrong)} tensors have another shape ({some_names(wrong)}): another "
+            "network; check image_encoder.name and model_args"
+        )
+
+
+def _without_biases(branch: Branch, tensors: dict[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Biases before a BatchNorm that this encoder does not have, taken into its running mean."""
+    for norm in norm_eps(branch.module):
+        head, _, last = norm.rpartition(".")
+        conv = f"{head}.{last.replace('bn', 'conv')}"
+        bias = f"{conv}.bias"
+        lost = last.startswith("bn") and bias in given and bias not in branch.module.state_dict()
+        if lost and f"{norm}.running_mean" in tensors:
+            tensors = fold_bias({**tensors, bias: given[bias]}, conv, norm)
+    return tensors
 
 
 # ------------------------------------------------------------------------------------------------------ foreign files
@@ -114,6 +197,14 @@ def _load_foreign(method: nn.Module, source: Source) -> list[str]:
             rows.append((branch.title, "nothing used", "0", "0", str(len(own))))
             lines += [f"left as drawn: {branch.title}.{name}" for name in own]
             continue
+        prefix, rename = match.prefix, match.naming.rename
+        _check_same_network(
+            branch,
+            [foreign for foreign in map(rename, own) if foreign is not None],
+            list(_below(prefix, source.state)),
+            list(match.wrong),
+            source.path,
+        )
         tensors = _folded(branch, match, source)
         _check_finite(tensors, source.path)
         branch.module.load_state_dict(tensors, strict=False)
@@ -204,6 +295,7 @@ def _folded(branch: Branch, match: Match, source: Source) -> dict[str, Tensor]:
         tensors = _fold_colours(branch.encoder, tensors, match, source)
     else:
         given = {name: match.naming.eps_of(name, eps) for name, eps in own_eps.items()}
+        tensors = _without_biases(branch, tensors, _biases(match, source))
         tensors = _turn_kernels(tensors, match, source)
         _check_intensity(source)
     tensors = fold_eps(tensors, given, own_eps, rescale=True)
@@ -213,6 +305,16 @@ def _folded(branch: Branch, match: Match, source: Source) -> dict[str, Tensor]:
         if name not in tensors and match.naming.zeros and re.fullmatch(match.naming.zeros, name):
             tensors[name] = torch.zeros_like(value)
     return tensors
+
+
+def _biases(match: Match, source: Source) -> dict[str, Tensor]:
+    """The file's biases under our names."""
+    given = {}
+    for name, foreign in match.sources.items():
+        bias = f"{foreign.removesuffix('weight')}bias"
+        if foreign.endswith(".weight") and bias in source.state:
+            given[f"{name.removesuffix('weight')}bias"] = source.state[bias].float()
+    return given
 
 
 def _trunk_eps(encoder: ImageEncoder, own: dict[str, float], source: Source) -> dict[str, float]:
@@ -235,6 +337,12 @@ def _fold_colours(encoder: ImageEncoder, tensors: dict[str, Tensor], match: Matc
             "--init: %s does not say what its pictures were; taken as image_encoder.input: %s", source.path, wanted
         )
         given = wanted
+    elif order is None and match.prefix == "backbone." and source.meta:
+        log.warning(
+            "--init: %s does not say what its pictures were; taken as RGB normalised by ImageNet's mean and std, which "
+            "mmdetection's caffe models (FCOS3D, PGD) do not have",
+            source.path,
+        )
     first = encoder.trunk.pretrained_cfg.get("first_conv")
     if given == wanted or f"{first}.weight" not in tensors:
         return tensors
