@@ -338,14 +338,16 @@ def test_a_deeper_resnet_is_refused_though_its_names_fit(tmp_path, given, prefix
     """Every tensor of a ResNet-18 stands in a ResNet-34, with its shape, and computes something else without the others."""
     network = getattr(import_torchvision().models, given)(weights=None)
     torch.save(under(prefix, network.state_dict()), tmp_path / "x.pth")
-    assert "is deeper than this configuration's, by layer1.2, layer2.2" in refused(tmp_path / "x.pth")
+    assert "image_encoder none, it is another network there: deeper, by layer1.2, layer2.2" in refused(
+        tmp_path / "x.pth"
+    )
 
 
 def test_a_resnet_of_other_widths_is_refused(tmp_path):
     state = resnet().state_dict()
     state |= {f"layer{n}.0.conv1.weight": torch.zeros(1, 1, 3, 3) for n in (1, 2, 3)}
     torch.save(state, tmp_path / "x.pth")
-    assert "3 tensors have another shape (layer1.0.conv1.weight" in refused(tmp_path / "x.pth")
+    assert "3 other shapes, as of layer1.0.conv1.weight" in refused(tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -353,10 +355,12 @@ def test_a_deeper_unet_is_refused(tmp_path, own):
     shallow = UNET | {"output": "encoder", "out_channels": 32}
     deep = shallow | {"layers": [1, 2, 1, 1, 1, 1, 1, 1]}
     if own:
-        save_run(tmp_path / "x.pth", method_of(point=deep), deep, RESNET)
+        save_run(tmp_path / "x.pth", method_of(point=deep, image={"name": "resnet34"}), deep, {"name": "resnet34"})
     else:
         torch.save(random_encoder(deep)[0].state_dict(), tmp_path / "x.pth")
-    assert "by enc2.1: another network" in refused(tmp_path / "x.pth", method_of(point=shallow))
+    assert "point_encoder none, it is another network there: deeper, by enc2.1" in refused(
+        tmp_path / "x.pth", method_of(point=shallow)
+    )
 
 
 def test_a_longer_row_of_set_abstractions_gives_its_beginning(tmp_path):
@@ -420,3 +424,16 @@ def test_one_ball_there_and_back(tmp_path):
 
 def test_a_folder_is_told_as_such(tmp_path):
     assert "is a folder; give the file in it" in refused(tmp_path)
+
+
+def test_a_run_with_another_point_encoder_gives_its_image_branch(tmp_path, caplog):
+    """Both have `conv_input` and `conv1` of equal shapes."""
+    source = randomise(method_of(point=RES, image=RESNET))
+    save_run(tmp_path / "x.ckpt", source, RES, RESNET)
+    method = method_of(point=VOXEL)
+    drawn = {name: value.clone() for name, value in method.point_encoder.state_dict().items()}
+    lines = load_weights(method, tmp_path / "x.ckpt")
+    assert all(torch.equal(value, drawn[name]) for name, value in method.point_encoder.state_dict().items())
+    assert torch.equal(method.image_encoder.trunk.conv1.weight, source.image_encoder.trunk.conv1.weight)
+    assert "left as drawn: point_encoder.conv_input.0.weight" in lines
+    assert "another network there: voxel_res_backbone8x; it stays as drawn" in caplog.text

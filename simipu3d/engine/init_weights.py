@@ -93,8 +93,16 @@ def _load_own(method: nn.Module, path: Path) -> list[str]:
     used = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
     if not used:
         raise UserError(f"{path}: none of its {len(state)} tensors fits this configuration's {len(own)}")
+    heads = set(used)
+    failures = []
     for branch in _branches(method):
-        used |= _own_branch(branch, used, state, content["simipu3d"], path)
+        heads -= {name for name in used if name.startswith(f"{branch.title}.")}
+        used, failure = _own_branch(branch, used, state, content["simipu3d"], path)
+        if failure:
+            failures.append(f"{branch.title} {failure}")
+            log.warning("--init %s: %s: %s; it stays as drawn", path, branch.title, failure)
+    if failures and not used.keys() - heads:
+        raise UserError(f"--init: {path}: no encoder in it fits; this configuration can use: {'; '.join(failures)}")
     _check_finite(used, path)
     method.load_state_dict(used, strict=False)
     log.info("--init %s: %d tensors used", path, len(used))
@@ -108,16 +116,29 @@ def _load_own(method: nn.Module, path: Path) -> list[str]:
 
 def _own_branch(
     branch: Branch, used: dict[str, Tensor], state: dict[str, Tensor], run: Mapping[str, Any], path: Path
-) -> dict[str, Tensor]:
-    """An encoder's tensors of a run of ours, folded where that run had other BatchNorms or pictures."""
+) -> tuple[dict[str, Tensor], str]:
+    """`used` with an encoder's tensors folded where the run of ours that wrote them had other BatchNorms or pictures, or
+    without them and why: it is another network."""
     prefix = f"{branch.title}." + ("" if branch.encoder is None else "trunk.")
     tensors, given = _below(prefix, used), _below(prefix, state)
     block = run["config"].get(branch.title) if isinstance(run.get("config"), Mapping) else None
     if not tensors or not isinstance(block, Mapping):
-        return {}
+        return used, ""
     own = branch.module.state_dict()
     wrong = [name for name, value in given.items() if name in own and own[name].shape != value.shape]
-    _check_same_network(branch, list(own), list(given), wrong, path)
+    failure = _misfit(branch, list(own), list(given), wrong)
+    if branch.encoder is None and block.get("name") != _registered().get(type(branch.module)):
+        failure = f"none, it is another network there: {block.get('name')}"
+    if failure:
+        return {name: value for name, value in used.items() if not name.startswith(f"{branch.title}.")}, failure
+    tensors = _own_folded(branch, _without_biases(branch, tensors, given), block, run, path)
+    return used | {prefix + name: value for name, value in tensors.items()}, ""
+
+
+def _own_folded(
+    branch: Branch, tensors: dict[str, Tensor], block: Mapping[str, Any], run: Mapping[str, Any], path: Path
+) -> dict[str, Tensor]:
+    """An encoder's tensors for its own BatchNorms and pictures; `block` is that of the run which wrote them."""
     own_eps = {name: eps for name, eps in norm_eps(branch.module).items() if f"{name}.running_var" in tensors}
     if branch.encoder is None:
         there = parse_part("point_encoder", POINT_ENCODERS, {**block})
@@ -133,39 +154,29 @@ def _own_branch(
         if f"{first}.weight" in tensors:
             log.info("--init: %s: %s folded from %s to %s", path, first, there.input, branch.encoder.config.input)
             tensors = fold_input(tensors, first, there.input, branch.encoder.config.input)
-    tensors = _without_biases(branch, tensors, given)
-    tensors = fold_eps(tensors, {name: eps.get(name, old) for name, old in own_eps.items()}, own_eps, rescale=True)
-    return {prefix + name: value for name, value in tensors.items()}
+    return fold_eps(tensors, {name: eps.get(name, old) for name, old in own_eps.items()}, own_eps, rescale=True)
 
 
 def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-def _check_same_network(branch: Branch, own: list[str], given: list[str], wrong: list[str], path: Path) -> None:
-    """Refuse a deeper network, and of pictures one of other widths: what fits of it computes something else.
+def _misfit(branch: Branch, own: list[str], given: list[str], wrong: list[str]) -> str:
+    """Why a file's network is another one than the branch's, though many names and shapes fit; "" if it is not.
 
     Args:
         branch: the encoder.
         own: names of its tensors, as the file calls them.
         given: names in the file, without prefix.
         wrong: our names of those that have another shape there.
-
-    Raises:
-        UserError: it is another network.
     """
     absent = set() if branch.encoder is None else set(branch.encoder.untrained)
     further = further_layers(own, (name for name in given if name not in absent))
     if further:
-        raise UserError(
-            f"--init: {path}: {branch.title}: is deeper than this configuration's, by {some_names(further)}: another "
-            "network, whose layers would be put together wrongly; check the name, variant and layers of the encoder"
-        )
+        return f"none, it is another network there: deeper, by {some_names(further)}"
     if branch.encoder is not None and len(wrong) > _MOST_WRONG:
-        raise UserError(
-            f"--init: {path}: {branch.title}: {len(wrong)} tensors have another shape ({some_names(wrong)}): another "
-            "network; check image_encoder.name and model_args"
-        )
+        return f"none, it is another network there: {len(wrong)} other shapes, as of {some_names(wrong, 2)}"
+    return ""
 
 
 def _without_biases(branch: Branch, tensors: dict[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -192,19 +203,20 @@ def _load_foreign(method: nn.Module, source: Source) -> list[str]:
         own = branch.module.state_dict()
         match = best_match(own, source.state, branch.namings, f"--init: {source.path}: {branch.title}")
         _check_layout(own, match, source)
+        failure = ""
         if len(match.tensors) < LEAST * len(own):
-            failures.append(f"{branch.title} {len(match.tensors)} of {len(own)}{_first_wrong(match)}")
+            failure = f"{len(match.tensors)} of {len(own)}{_first_wrong(match)}"
+        else:
+            names_there = [foreign for foreign in map(match.naming.rename, own) if foreign is not None]
+            given = list(_below(match.prefix, source.state))
+            failure = _misfit(branch, names_there, given, list(match.wrong))
+            if failure:
+                log.warning("--init: %s: %s", branch.title, failure)
+        if failure:
+            failures.append(f"{branch.title} {failure}")
             rows.append((branch.title, "nothing used", "0", "0", str(len(own))))
             lines += [f"left as drawn: {branch.title}.{name}" for name in own]
             continue
-        prefix, rename = match.prefix, match.naming.rename
-        _check_same_network(
-            branch,
-            [foreign for foreign in map(rename, own) if foreign is not None],
-            list(_below(prefix, source.state)),
-            list(match.wrong),
-            source.path,
-        )
         tensors = _folded(branch, match, source)
         _check_finite(tensors, source.path)
         branch.module.load_state_dict(tensors, strict=False)
@@ -229,8 +241,12 @@ def _load_foreign(method: nn.Module, source: Source) -> list[str]:
     return lines
 
 
+def _registered() -> dict[Any, str]:
+    return {POINT_ENCODERS[name].target: name for name in POINT_ENCODERS.names()}
+
+
 def _branches(method: nn.Module) -> list[Branch]:
-    registered = {POINT_ENCODERS[name].target: name for name in POINT_ENCODERS.names()}
+    registered = _registered()
     found = []
     for name, module in method.named_modules():
         if isinstance(module, ImageEncoder):
