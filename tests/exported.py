@@ -26,6 +26,8 @@ def _layer(**changes):
 
 
 BALLS = {"name": "pointnet2_msg", "neighbourhood": "ball", "layers": [_layer(), _layer(num_points=32)]}
+SINGLE = {"name": "pointnet2_ssg", "num_points": [96, 32], "radii": [0.8, 2.0], "num_samples": [8, 8]}
+SINGLE |= {"mlps": [[8, 12], [8, 16]]}
 SHELLS = {
     "name": "pointnet2_msg",
     "use_xyz": False,

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from exported import BALLS, FLAT_UNET, RES, SHELLS, UNET, VOXEL, random_encoder, write_point_checkpoint
+from exported import BALLS, FLAT_UNET, RES, SHELLS, SINGLE, UNET, VOXEL, random_encoder, write_point_checkpoint
 from torch import nn
 
 from simipu3d.encoders import foreign_names
@@ -49,6 +49,9 @@ CASES = {
     "fewer columns": (VOXEL, "openpcdet", {"channels": 3}, 66, 6),
     "PointNet2MSG": (BALLS, "openpcdet", {"channels": 5}, 48, 12),
     "PointNet2SAMSG": (SHELLS, "mmdet3d", {}, 91, 0),
+    "the light PointNet2SAMSG": ({"name": "pointnet2_msg", "size": "light"}, "mmdet3d", {}, 147, 0),
+    "one ball in PointNet2MSG": (SINGLE, "openpcdet", {}, 24, 12),
+    "one ball in PointNet2SAMSG": (SINGLE, "mmdet3d", {}, 28, 0),
     "Res16UNet": (UNET, "minkowski", {"prefix": "module."}, 188, 0),
     "Res16UNet encoder": (UNET | {"output": "encoder", "out_channels": 32}, "minkowski", {"channels": 4}, 90, 98),
     "SpUNet": (FLAT_UNET, "pointcept", {"channels": 6}, 188, 0),
@@ -323,6 +326,10 @@ def test_a_transposed_one_by_one_layer_is_caught(tmp_path, out, monkeypatch):
         (UNET, "pointcept", {}, r"down\.2\.0\.weight is \(12, 2, 2, 2, 8\) there and \(8, 2, 2, 2, 8\) in the run"),
         (SHELLS, "openpcdet", {}, "use_xyz: false; OpenPCDet's PointNet2MSG has no counterpart"),
         (BALLS | {"neighbourhood": "annulus"}, "openpcdet", {}, "neighbourhood: annulus"),
+        ({"name": "pointnet2_msg"}, "openpcdet", {}, "neighbourhood: annulus"),
+        (SHELLS, "mmdet3d", {"channels": 3}, "expected 4 to 64; the run had 4"),
+        (VOXEL | OUT | {"last_pad": 1}, "mmdet3d", {}, "last_pad: 1; conv_out has no padding there"),
+        ({"name": "pillar"}, "openpcdet", {}, "no network for the point encoder pillar; it has VoxelBackBone8x from"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(tmp_path, out, block, target, options, message):
@@ -414,3 +421,16 @@ def test_sites_and_voxels_are_what_the_check_says():
     assert len(torch.unique(x.voxel_bzyx, dim=0)) == len(x) == 3400
     assert x.voxel_bzyx[:, 0].unique().tolist() == [0, 1]
     assert all(size % 2 for size in x.spatial_shape)
+
+
+@pytest.mark.parametrize("length", [246, 300])
+def test_a_name_that_no_disk_takes_is_one_line(tmp_path, out, length):
+    write_point_checkpoint(tmp_path / "last.ckpt", VOXEL)
+    with pytest.raises(UserError, match="cannot be written"):
+        export_points(tmp_path / "last.ckpt", "openpcdet", tmp_path / f"{'x' * length}.pth")
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_the_padding_of_the_last_layer_is_told(tmp_path, out):
+    _, report = exported(tmp_path, out, VOXEL | OUT | {"last_pad": 1}, "openpcdet")
+    assert any("last_pad: 1" in line for line in report.usage)

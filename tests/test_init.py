@@ -5,13 +5,15 @@ import pickle
 
 import pytest
 import torch
-from exported import BALLS, RES, SHELLS, UNET, VOXEL, random_encoder, randomise, write_point_checkpoint
+from exported import BALLS, RES, SHELLS, SINGLE, UNET, VOXEL, random_encoder, randomise, write_point_checkpoint
 from helpers import BLOCKS, COLUMNS
 from safetensors.torch import save_file
 from torch import nn
 
 from simipu3d.compat import import_timm, import_torchvision
+from simipu3d.contracts.batch import PointView
 from simipu3d.engine.init_weights import load_weights
+from simipu3d.engine.run import RUN_KEYS
 from simipu3d.errors import UserError
 from simipu3d.export import verify, verify_points
 from simipu3d.export.image import export_image
@@ -325,3 +327,113 @@ def test_an_export_for_another_intensity_is_refused(tmp_path):
     write_point_checkpoint(tmp_path / "last.ckpt", VOXEL)
     export_points(tmp_path / "last.ckpt", "openpcdet", tmp_path / "x.pth", intensity_scale=255.0)
     assert "255 times" in refused(tmp_path / "x.pth", method_of(point=VOXEL))
+
+
+# ------------------------------------------------------------------------------------------------- another network
+
+
+@pytest.mark.parametrize("prefix", ["", "module.encoder_q."])
+@pytest.mark.parametrize("given", ["resnet34", "resnet50"])
+def test_a_deeper_resnet_is_refused_though_its_names_fit(tmp_path, given, prefix):
+    """Every tensor of a ResNet-18 stands in a ResNet-34, with its shape, and computes something else without the others."""
+    network = getattr(import_torchvision().models, given)(weights=None)
+    torch.save(under(prefix, network.state_dict()), tmp_path / "x.pth")
+    assert "image_encoder none, it is another network there: deeper, by layer1.2, layer2.2" in refused(
+        tmp_path / "x.pth"
+    )
+
+
+def test_a_resnet_of_other_widths_is_refused(tmp_path):
+    state = resnet().state_dict()
+    state |= {f"layer{n}.0.conv1.weight": torch.zeros(1, 1, 3, 3) for n in (1, 2, 3)}
+    torch.save(state, tmp_path / "x.pth")
+    assert "3 other shapes, as of layer1.0.conv1.weight" in refused(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_deeper_unet_is_refused(tmp_path, own):
+    shallow = UNET | {"output": "encoder", "out_channels": 32}
+    deep = shallow | {"layers": [1, 2, 1, 1, 1, 1, 1, 1]}
+    if own:
+        save_run(tmp_path / "x.pth", method_of(point=deep, image={"name": "resnet34"}), deep, {"name": "resnet34"})
+    else:
+        torch.save(random_encoder(deep)[0].state_dict(), tmp_path / "x.pth")
+    assert "point_encoder none, it is another network there: deeper, by enc2.1" in refused(
+        tmp_path / "x.pth", method_of(point=shallow)
+    )
+
+
+def test_a_longer_row_of_set_abstractions_gives_its_beginning(tmp_path):
+    longer, _ = random_encoder(BALLS | {"layers": [*BALLS["layers"], BALLS["layers"][0]]})
+    torch.save(longer.state_dict(), tmp_path / "x.pth")
+    method = method_of(point=BALLS)
+    load_weights(method, tmp_path / "x.pth")
+    for name, value in method.point_encoder.state_dict().items():
+        assert torch.equal(value, longer.state_dict()[name]), name
+
+
+def save_run(path, method, point, image):
+    """As pre-training writes a checkpoint."""
+    config = BLOCKS | {"method": "simipu", "point_encoder": point, "image_encoder": image}
+    run = {"config": config, "point_columns": list(COLUMNS), "version": "0", "git_commit": "", "epoch": 1}
+    run |= {key: None for key in RUN_KEYS if key not in run} | {"method": "simipu"}
+    torch.save({"state_dict": under("method.", method.state_dict()), "simipu3d": run}, path)
+
+
+def test_our_own_runs_keep_their_function_under_another_normalisation(tmp_path):
+    """Pictures, eps and biases of the run that wrote the checkpoint are folded into those of the new one."""
+    source = randomise(method_of(point=RES, image=RESNET | RELEASED)).eval()
+    save_run(tmp_path / "x.ckpt", source, RES, RESNET | RELEASED)
+    method = method_of(point=RES | {"use_bias": False}, image=RESNET)
+    load_weights(method, tmp_path / "x.ckpt")
+    images, size = verify.fixed_pictures(source.image_encoder)
+    x = verify_points.random_voxels()
+    x = x.with_features(torch.rand(len(x), 4))
+    with torch.no_grad():
+        wanted, given = (
+            m.image_encoder(m.image_encoder.normalise(images, size))[-1].features for m in (source, method)
+        )
+        voxels, same_voxels = (m.point_encoder.stages(x)[-1].features for m in (source, method))
+    assert (wanted - given).abs().max() < 1e-4 * wanted.abs().max()
+    assert (voxels - same_voxels).abs().max() < 1e-4 * voxels.abs().max()
+
+
+def test_biases_of_a_detector_go_into_the_means_of_an_encoder_without_them(tmp_path):
+    source, _ = random_encoder(RES)
+    torch.save({"model_state": under("backbone_3d.", source.state_dict())}, tmp_path / "x.pth")
+    method = method_of(point=RES | {"use_bias": False})
+    load_weights(method, tmp_path / "x.pth")
+    x = verify_points.random_voxels()
+    x = x.with_features(torch.rand(len(x), 4))
+    with torch.no_grad():
+        wanted, given = (encoder.stages(x)[-1].features for encoder in (source, method.point_encoder))
+    assert (wanted - given).abs().max() < 1e-4 * wanted.abs().max()
+
+
+def test_one_ball_there_and_back(tmp_path):
+    source = write_point_checkpoint(tmp_path / "last.ckpt", SINGLE)
+    for target in ("openpcdet", "mmdet3d"):
+        export_points(tmp_path / "last.ckpt", target, tmp_path / "x.pth", overwrite=True)
+        method = method_of(point=SINGLE)
+        load_weights(method, tmp_path / "x.pth")
+        view = PointView(torch.rand(300, 4) * 3, torch.zeros(300).long(), torch.arange(300), torch.eye(4)[None])
+        with torch.no_grad():
+            wanted, given = (encoder(view).features for encoder in (source, method.point_encoder))
+        assert (wanted - given).abs().max() < 1e-4 * wanted.abs().max()
+
+
+def test_a_folder_is_told_as_such(tmp_path):
+    assert "is a folder; give the file in it" in refused(tmp_path)
+
+
+def test_a_run_with_another_point_encoder_gives_its_image_branch(tmp_path, caplog):
+    """Both have `conv_input` and `conv1` of equal shapes."""
+    source = randomise(method_of(point=RES, image=RESNET))
+    save_run(tmp_path / "x.ckpt", source, RES, RESNET)
+    method = method_of(point=VOXEL)
+    drawn = {name: value.clone() for name, value in method.point_encoder.state_dict().items()}
+    lines = load_weights(method, tmp_path / "x.ckpt")
+    assert all(torch.equal(value, drawn[name]) for name, value in method.point_encoder.state_dict().items())
+    assert torch.equal(method.image_encoder.trunk.conv1.weight, source.image_encoder.trunk.conv1.weight)
+    assert "left as drawn: point_encoder.conv_input.0.weight" in lines
+    assert "another network there: voxel_res_backbone8x; it stays as drawn" in caplog.text

@@ -20,16 +20,15 @@ example:
 
 Every file is read back and its features compared with the trained network's before it gets its name: docs/export.md
 """
+# Options of one branch, and what they are when they are not given.
 IMAGE_ONLY = {"input": None, "convert_weights": False}
 POINTS_ONLY = {"network": None, "layout": None, "channels": None, "intensity_scale": 1.0, "partial": False}
-# Options of one branch, and what they are when they are not given.
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The arguments of this tool."""
-    parser = argparse.ArgumentParser(
-        prog="export", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="export", description=__doc__, epilog=EXAMPLES, formatter_class=raw)
     add = parser.add_argument
     add("--ckpt", type=Path, required=True, metavar="CKPT", help="checkpoint of a pre-training run")
     add("--branch", required=True, choices=["image", "points"], help="which encoder")
@@ -43,9 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--network", metavar="N", help="points: which of the target's networks (default: the first that fits)")
     add("--layout", choices=["spconv1", "spconv2"], help="points: of sparse weights (default: what the target reads)")
     add("--channels", type=int, metavar="C", help="points: pad or cut the input columns to C (default: as trained)")
-    add(
-        "--intensity-scale", type=float, default=1.0, metavar="S", help="points: the target's intensity is S times ours"
-    )
+    intensity = "points: the target's intensity is S times ours"
+    add("--intensity-scale", type=float, default=1.0, metavar="S", help=intensity)
     add_plugins_argument(parser)
     add("--no-bias", action="store_true", help="points: for VoxelResBackBone8x with USE_BIAS: False")
     add("--partial", action="store_true", help="points, pointcept: write the part that fits")

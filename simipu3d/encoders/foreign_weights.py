@@ -7,7 +7,7 @@ by who loads them.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -65,6 +65,10 @@ NAMINGS: dict[str, tuple[Naming, ...]] = {
         Naming("SimIPU, mmdetection3d", names.same_name, names.as_it_is, {"SA_": 1e-3, "agg": 1e-5}, _SHELL_BIAS),
         Naming("OpenPCDet", names.openpcdet_pointnet, names.as_it_is, {"SA_": 1e-5, "agg": 1e-5}, _SHELL_BIAS),
     ),
+    "pointnet2_ssg": (
+        Naming("mmdetection3d", names.same_name, names.as_it_is, {"SA_": 1e-5}, _SHELL_BIAS),
+        Naming("OpenPCDet", names.openpcdet_pointnet, names.as_it_is, {"SA_": 1e-5}, _SHELL_BIAS),
+    ),
     "sparse_unet34": (
         Naming("MinkowskiEngine", names.minkowski, names.from_minkowski, {"": 1e-5}),
         Naming("ours", names.same_name, names.from_layout, {"": 1e-5}),
@@ -94,6 +98,35 @@ class Match:
     def renamed(self) -> int:
         """How many of the tensors are called otherwise in the file, apart from the prefix."""
         return sum(self.prefix + own != theirs for own, theirs in self.sources.items())
+
+
+_CHAINS = ("SA_modules", "aggregation_mlps")
+"""Layers in a row whose later ones change nothing before them: a file may have more of these."""
+
+
+def further_layers(own: Iterable[str], given: Iterable[str]) -> list[str]:
+    """Layers that a file has in a row of ours beyond ours, as `layer1.2` where we end with `layer1.1`: then it is a deeper
+    network, and those of its layers that fit compute something else without the others.
+
+    Args:
+        own: names of our tensors, as the file's project calls them.
+        given: names in the file, without prefix.
+    """
+    known, rows = set(), set()
+    for name in own:
+        parts = name.split(".")
+        for end, part in enumerate(parts):
+            known.add(".".join(parts[: end + 1]))
+            if part.isdecimal():
+                rows.add(".".join(parts[:end]))
+    found = {}
+    for name in given:
+        parts = name.split(".")
+        for end, part in enumerate(parts):
+            row, layer = ".".join(parts[:end]), ".".join(parts[: end + 1])
+            if part.isdecimal() and row in rows and layer not in known and row not in _CHAINS:
+                found[layer] = None
+    return sorted(found)
 
 
 def best_match(own: Mapping[str, Tensor], state: Mapping[str, Tensor], namings: tuple[Naming, ...], what: str) -> Match:

@@ -58,6 +58,13 @@ def some_names(names: Iterable[str], count: int = 4) -> str:
     return ", ".join(names[:count]) + more if names else "none"
 
 
+def _check_is_file(path: Path, what: str) -> None:
+    if path.is_dir():
+        raise UserError(f"{what}: {path}: is a folder; give the file in it, as {path / 'model.safetensors'}")
+    if not path.is_file():
+        raise UserError(f"{what}: {path}: no such file")
+
+
 def read_torch_file(path: Path, what: str) -> Any:
     """Content of a torch file, on the CPU, without executing anything in it.
 
@@ -68,17 +75,17 @@ def read_torch_file(path: Path, what: str) -> Any:
     Raises:
         UserError: it is missing, damaged, or holds more than tensors and plain values.
     """
-    if not path.is_file():
-        raise UserError(f"{what}: {path}: no such file")
+    _check_is_file(path, what)
     try:
         with warnings.catch_warnings():  # about pickle protocols, which a damaged file has at random
             warnings.simplefilter("ignore", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error) and ("GLOBAL" in str(error) or "Unsupported" in str(error)):
+        if any(words in str(error) for words in ("GLOBAL", "Can only", "Unsupported operand")):
+            doubt = " (or is damaged)" if "Unsupported operand" in str(error) else ""
             raise UserError(
-                f"{what}: {path}: holds pickled Python objects, which are never executed; "
-                "save tensors and plain values only, as torch.save(model.state_dict(), FILE) does"
+                f"{what}: {path}: holds pickled Python objects, which are never executed{doubt}; save tensors and plain "
+                "values only, where it comes from, as torch.save(model.state_dict(), FILE) does"
             ) from error
         raise UserError(f"{what}: {path}: is no torch file, or damaged") from error
     except (
@@ -106,8 +113,7 @@ def read_weights(path: Path, what: str) -> dict[str, Tensor]:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        if not path.is_file():
-            raise UserError(f"{what}: {path}: no such file")
+        _check_is_file(path, what)
         try:
             return load_file(path)
         except (SafetensorError, OSError, ValueError) as error:

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simipu3d.config import parse_block, parse_part
 from simipu3d.encoders import foreign_names as names
-from simipu3d.encoders.foreign_weights import IMAGE_NAMINGS, LEAST, NAMINGS, Match, Naming, best_match
-from simipu3d.encoders.image import ImageEncoder, build_trunk
+from simipu3d.encoders.foreign_weights import IMAGE_NAMINGS, LEAST, NAMINGS, Match, Naming, best_match, further_layers
+from simipu3d.encoders.image import ImageEncoder, ImageEncoderConfig, build_trunk
 from simipu3d.encoders.image_weights import read_torch_file, read_weights, some_names
-from simipu3d.encoders.weight_folding import fold_eps, fold_input, norm_eps
+from simipu3d.encoders.weight_folding import fold_bias, fold_eps, fold_input, norm_eps
 from simipu3d.engine.run import read_checkpoint
 from simipu3d.errors import UserError
 from simipu3d.registry import POINT_ENCODERS
@@ -31,6 +32,10 @@ log = logging.getLogger(__name__)
 
 _RELEASED = re.compile(r"(^|\.)(pts_backbone\.SA_modules|mlp_cross_img|mlp_intro_points|img_conv1x1_1)\.")
 """Names that only pre-training by the released SimIPU leaves: BGR pictures, BatchNorm eps 1e-3."""
+
+
+_MOST_WRONG = 2
+"""Tensors of an image backbone that may have another shape: a first convolution for other channels, position codes."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +87,23 @@ def load_weights(method: nn.Module, path: Path) -> list[str]:
 
 def _load_own(method: nn.Module, path: Path) -> list[str]:
     prefix = "method."
-    state = {k.removeprefix(prefix): v for k, v in read_checkpoint(path)["state_dict"].items() if k.startswith(prefix)}
+    content = read_checkpoint(path)
+    state = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
     own = method.state_dict()
     used = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
     if not used:
         raise UserError(f"{path}: none of its {len(state)} tensors fits this configuration's {len(own)}")
+    heads = set(used)
+    failures = []
+    for branch in _branches(method):
+        heads -= {name for name in used if name.startswith(f"{branch.title}.")}
+        used, failure = _own_branch(branch, used, state, content["simipu3d"], path)
+        if failure:
+            failures.append(f"{branch.title} {failure}")
+            log.warning("--init %s: %s: %s; it stays as drawn", path, branch.title, failure)
+    if failures and not used.keys() - heads:
+        raise UserError(f"--init: {path}: no encoder in it fits; this configuration can use: {'; '.join(failures)}")
+    _check_finite(used, path)
     method.load_state_dict(used, strict=False)
     log.info("--init %s: %d tensors used", path, len(used))
     lines = [f"used: {name}" for name in used]
@@ -95,6 +112,83 @@ def _load_own(method: nn.Module, path: Path) -> list[str]:
             log.info("--init %s: %d tensors %s: %s", path, len(skipped), what, ", ".join(sorted(skipped)))
         lines += [f"{what}: {name}" for name in sorted(skipped)]
     return lines
+
+
+def _own_branch(
+    branch: Branch, used: dict[str, Tensor], state: dict[str, Tensor], run: Mapping[str, Any], path: Path
+) -> tuple[dict[str, Tensor], str]:
+    """`used` with an encoder's tensors folded where the run of ours that wrote them had other BatchNorms or pictures, or
+    without them and why: it is another network."""
+    prefix = f"{branch.title}." + ("" if branch.encoder is None else "trunk.")
+    tensors, given = _below(prefix, used), _below(prefix, state)
+    block = run["config"].get(branch.title) if isinstance(run.get("config"), Mapping) else None
+    if not tensors or not isinstance(block, Mapping):
+        return used, ""
+    own = branch.module.state_dict()
+    wrong = [name for name, value in given.items() if name in own and own[name].shape != value.shape]
+    failure = _misfit(branch, list(own), list(given), wrong)
+    if branch.encoder is None and block.get("name") != _registered().get(type(branch.module)):
+        failure = f"none, it is another network there: {block.get('name')}"
+    if failure:
+        return {name: value for name, value in used.items() if not name.startswith(f"{branch.title}.")}, failure
+    tensors = _own_folded(branch, _without_biases(branch, tensors, given), block, run, path)
+    return used | {prefix + name: value for name, value in tensors.items()}, ""
+
+
+def _own_folded(
+    branch: Branch, tensors: dict[str, Tensor], block: Mapping[str, Any], run: Mapping[str, Any], path: Path
+) -> dict[str, Tensor]:
+    """An encoder's tensors for its own BatchNorms and pictures; `block` is that of the run which wrote them."""
+    own_eps = {name: eps for name, eps in norm_eps(branch.module).items() if f"{name}.running_var" in tensors}
+    if branch.encoder is None:
+        there = parse_part("point_encoder", POINT_ENCODERS, {**block})
+        with torch.device("meta"):
+            columns = tuple(run.get("point_columns") or ("x", "y", "z", "intensity"))
+            eps = norm_eps(POINT_ENCODERS[there.name].target(there, point_columns=columns))
+    else:
+        there = parse_block("image_encoder", ImageEncoderConfig, {**block, "pretrained": None})
+        eps = dict.fromkeys(own_eps, there.bn_eps) if there.bn_eps else norm_eps(build_trunk(there)[0])
+        first = (
+            branch.encoder.trunk.pretrained_cfg.get("first_conv") if there.input != branch.encoder.config.input else ""
+        )
+        if f"{first}.weight" in tensors:
+            log.info("--init: %s: %s folded from %s to %s", path, first, there.input, branch.encoder.config.input)
+            tensors = fold_input(tensors, first, there.input, branch.encoder.config.input)
+    return fold_eps(tensors, {name: eps.get(name, old) for name, old in own_eps.items()}, own_eps, rescale=True)
+
+
+def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _misfit(branch: Branch, own: list[str], given: list[str], wrong: list[str]) -> str:
+    """Why a file's network is another one than the branch's, though many names and shapes fit; "" if it is not.
+
+    Args:
+        branch: the encoder.
+        own: names of its tensors, as the file calls them.
+        given: names in the file, without prefix.
+        wrong: our names of those that have another shape there.
+    """
+    absent = set() if branch.encoder is None else set(branch.encoder.untrained)
+    further = further_layers(own, (name for name in given if name not in absent))
+    if further:
+        return f"none, it is another network there: deeper, by {some_names(further)}"
+    if branch.encoder is not None and len(wrong) > _MOST_WRONG:
+        return f"none, it is another network there: {len(wrong)} other shapes, as of {some_names(wrong, 2)}"
+    return ""
+
+
+def _without_biases(branch: Branch, tensors: dict[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Biases before a BatchNorm that this encoder does not have, taken into its running mean."""
+    for norm in norm_eps(branch.module):
+        head, _, last = norm.rpartition(".")
+        conv = f"{head}.{last.replace('bn', 'conv')}"
+        bias = f"{conv}.bias"
+        lost = last.startswith("bn") and bias in given and bias not in branch.module.state_dict()
+        if lost and f"{norm}.running_mean" in tensors:
+            tensors = fold_bias({**tensors, bias: given[bias]}, conv, norm)
+    return tensors
 
 
 # ------------------------------------------------------------------------------------------------------ foreign files
@@ -109,8 +203,17 @@ def _load_foreign(method: nn.Module, source: Source) -> list[str]:
         own = branch.module.state_dict()
         match = best_match(own, source.state, branch.namings, f"--init: {source.path}: {branch.title}")
         _check_layout(own, match, source)
+        failure = ""
         if len(match.tensors) < LEAST * len(own):
-            failures.append(f"{branch.title} {len(match.tensors)} of {len(own)}{_first_wrong(match)}")
+            failure = f"{len(match.tensors)} of {len(own)}{_first_wrong(match)}"
+        else:
+            names_there = [foreign for foreign in map(match.naming.rename, own) if foreign is not None]
+            given = list(_below(match.prefix, source.state))
+            failure = _misfit(branch, names_there, given, list(match.wrong))
+            if failure:
+                log.warning("--init: %s: %s", branch.title, failure)
+        if failure:
+            failures.append(f"{branch.title} {failure}")
             rows.append((branch.title, "nothing used", "0", "0", str(len(own))))
             lines += [f"left as drawn: {branch.title}.{name}" for name in own]
             continue
@@ -138,8 +241,12 @@ def _load_foreign(method: nn.Module, source: Source) -> list[str]:
     return lines
 
 
+def _registered() -> dict[Any, str]:
+    return {POINT_ENCODERS[name].target: name for name in POINT_ENCODERS.names()}
+
+
 def _branches(method: nn.Module) -> list[Branch]:
-    registered = {POINT_ENCODERS[name].target: name for name in POINT_ENCODERS.names()}
+    registered = _registered()
     found = []
     for name, module in method.named_modules():
         if isinstance(module, ImageEncoder):
@@ -204,6 +311,7 @@ def _folded(branch: Branch, match: Match, source: Source) -> dict[str, Tensor]:
         tensors = _fold_colours(branch.encoder, tensors, match, source)
     else:
         given = {name: match.naming.eps_of(name, eps) for name, eps in own_eps.items()}
+        tensors = _without_biases(branch, tensors, _biases(match, source))
         tensors = _turn_kernels(tensors, match, source)
         _check_intensity(source)
     tensors = fold_eps(tensors, given, own_eps, rescale=True)
@@ -213,6 +321,16 @@ def _folded(branch: Branch, match: Match, source: Source) -> dict[str, Tensor]:
         if name not in tensors and match.naming.zeros and re.fullmatch(match.naming.zeros, name):
             tensors[name] = torch.zeros_like(value)
     return tensors
+
+
+def _biases(match: Match, source: Source) -> dict[str, Tensor]:
+    """The file's biases under our names."""
+    given = {}
+    for name, foreign in match.sources.items():
+        bias = f"{foreign.removesuffix('weight')}bias"
+        if foreign.endswith(".weight") and bias in source.state:
+            given[f"{name.removesuffix('weight')}bias"] = source.state[bias].float()
+    return given
 
 
 def _trunk_eps(encoder: ImageEncoder, own: dict[str, float], source: Source) -> dict[str, float]:
@@ -235,6 +353,12 @@ def _fold_colours(encoder: ImageEncoder, tensors: dict[str, Tensor], match: Matc
             "--init: %s does not say what its pictures were; taken as image_encoder.input: %s", source.path, wanted
         )
         given = wanted
+    elif order is None and match.prefix == "backbone." and source.meta:
+        log.warning(
+            "--init: %s does not say what its pictures were; taken as RGB normalised by ImageNet's mean and std, which "
+            "mmdetection's caffe models (FCOS3D, PGD) do not have",
+            source.path,
+        )
     first = encoder.trunk.pretrained_cfg.get("first_conv")
     if given == wanted or f"{first}.weight" not in tensors:
         return tensors

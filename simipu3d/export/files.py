@@ -3,6 +3,7 @@
 Beside every file stand `<file>.json` (what it is) and `<file>.txt` (how to load it); a folder holds both.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -94,7 +95,11 @@ def check_out(out: Path, suffixes: tuple[str, ...], target: str, overwrite: bool
         raise UserError(f"--out {out}: {target} reads {' or '.join(suffixes)} files; give the file such a name")
     if not suffixes and out.suffix in (".pth", ".pt", ".safetensors"):
         raise UserError(f"--out {out}: {target} gets a folder, not a file; give a name without {out.suffix}")
-    if not out.exists():
+    try:
+        found = out.exists()
+    except OSError as error:  # older Pythons raise where a name is too long or a folder may not be read
+        raise UserError(f"--out {out}: cannot be written ({error})") from error
+    if not found:
         return
     if not overwrite:
         raise UserError(f"--out {out}: exists already; choose another name, or replace it with --overwrite")
@@ -162,7 +167,8 @@ def write_checked(
         raise UserError(f"--out {out}: cannot be written ({error})") from error
     finally:
         for path in (partial, *partials.values()):
-            remove(path)
+            with contextlib.suppress(OSError):  # a name that is too long, a disk that went away: told above
+                remove(path)
     return sidecars.get(".json", out / "metadata.json")
 
 

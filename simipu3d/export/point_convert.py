@@ -152,9 +152,10 @@ def check_plain_pointnet(job: PointJob) -> None:
     config = job.config
     wrong = {
         "use_xyz: false": not config.use_xyz,
-        "neighbourhood: annulus": config.neighbourhood != "ball" and any(len(la.radii) > 1 for la in config.layers),
-        "layers: aggregation": any(layer.aggregation is not None for layer in config.layers),
-        "layers: sampler": any(layer.sampler != "d_fps" for layer in config.layers),
+        "neighbourhood: annulus": config.neighbourhood != "ball"
+        and any(len(la.radii) > 1 for la in config.abstractions),
+        "layers: aggregation": any(layer.aggregation is not None for layer in config.abstractions),
+        "layers: sampler": any(layer.sampler != "d_fps" for layer in config.abstractions),
     }
     for key, found in wrong.items():
         if found:

@@ -111,6 +111,7 @@ def _grid_lines(job: PointJob) -> list[str]:
 
 def _use_openpcdet(job: PointJob, network: str) -> list[str]:
     bias = "" if job.bias or job.name != "voxel_res_backbone8x" else ", USE_BIAS: False"
+    bias += f", last_pad: {job.config.last_pad}" if job.config.last_pad else ""
     return [
         f"MODEL.BACKBONE_3D: {{NAME: {network}{bias}}}",
         f"python tools/train.py --cfg_file CFG --pretrained_model {job.out}   # look for 'Done (loaded a/b)' in its log",
@@ -120,7 +121,7 @@ def _use_openpcdet(job: PointJob, network: str) -> list[str]:
 
 
 def _use_openpcdet_pointnet(job: PointJob) -> list[str]:
-    layers = job.config.layers
+    layers = job.config.abstractions
     return [
         "MODEL.BACKBONE_3D.NAME: PointNet2MSG",
         f"SA_CONFIG.NPOINTS: {[la.num_points for la in layers]}, RADIUS: {[list(la.radii) for la in layers]},",
@@ -130,8 +131,17 @@ def _use_openpcdet_pointnet(job: PointJob) -> list[str]:
     ]
 
 
+def _mmdet3d_voxel(job: PointJob, rename: names.Rename, turned: bool = False) -> Converted:
+    if job.config.last_pad:
+        raise UserError(
+            f"--to mmdet3d: the run has point_encoder.last_pad: {job.config.last_pad}; conv_out has no padding there, and "
+            "its map would be another; --to openpcdet has it"
+        )
+    return to.convert_voxel(job, rename, turned=turned)
+
+
 def _use_mmdet3d_voxel(job: PointJob, network: str) -> list[str]:
-    config, residual = job.config, job.name == "voxel_res_backbone8x"
+    residual = job.name == "voxel_res_backbone8x"
     nz, ny, nx = job.encoder.sparse_shape
     shape = [nx, ny, nz] if network.startswith("BEVFusion") else [nz, ny, nx]
     part = job.prefix.split(".")[-2]
@@ -149,21 +159,19 @@ def _use_mmdet3d_voxel(job: PointJob, network: str) -> list[str]:
         f"or, for the whole detector: load_from = '{job.out}'",
         *_grid_lines(job),
     ]
-    if config.last_pad:
-        lines.append("# its conv_out has no padding, the run's had: widen it there or leave conv_out fresh")
     return lines
 
 
 # ----------------------------------------------------------------------------------------------------------- PointNet++
 
 
-def _pointnet_peer(job: PointJob, project: str) -> nn.Module:
+def _pointnet_peer(job: PointJob, project: str, eps: float) -> nn.Module:
     config, layers = job.config, []
-    for layer in config.layers:
+    for layer in config.abstractions:
         inner = (0.0, *layer.radii[:-1]) if config.neighbourhood == "annulus" else (0.0,) * len(layer.radii)
         shells = tuple(zip(inner, layer.radii, layer.num_samples, strict=True))
         layers.append(pointnet.Layer(shells, layer.mlps, layer.aggregation))
-    return pointnet.PeerPointNet(project, layers, job.channels - 3, config.use_xyz)
+    return pointnet.PeerPointNet(project, layers, job.channels - 3, config.use_xyz, eps)
 
 
 def _openpcdet_pointnet(job: PointJob) -> Converted:
@@ -171,17 +179,17 @@ def _openpcdet_pointnet(job: PointJob) -> Converted:
     return to.convert_pointnet(job, names.openpcdet_pointnet, 1e-5, bias=False)
 
 
-def _mmdet3d_pointnet(job: PointJob) -> Converted:
-    converted = to.convert_pointnet(job, names.same_name, 1e-3, bias=True)
+def _mmdet3d_pointnet(job: PointJob, eps: float) -> Converted:
+    converted = to.convert_pointnet(job, names.same_name, eps, bias=True)
     return Converted(converted.tensors, converted.notes)
 
 
 _SAMPLERS = {"d_fps": "'D-FPS'", "f_fps": "'F-FPS'", "fs": "'FS'", "split": "('F-FPS', 'D-FPS')"}
 
 
-def _use_mmdet3d_pointnet(job: PointJob) -> list[str]:
+def _use_mmdet3d_pointnet(job: PointJob, eps: float) -> list[str]:
     config = job.config
-    layers, part = config.layers, job.prefix.split(".")[-2]
+    layers, part = config.abstractions, job.prefix.split(".")[-2]
     ranges = ", ".join(f"({config.ffps_range}, -1)" if la.sampler == "split" else "-1" for la in layers)
     counts = [(la.num_points,) * 2 if la.sampler == "split" else la.num_points for la in layers]
     aggregation = tuple(la.aggregation for la in layers)
@@ -192,7 +200,7 @@ def _use_mmdet3d_pointnet(job: PointJob) -> list[str]:
         f"  sa_channels={tuple(la.mlps for la in layers)},",
         f"  aggregation_channels={aggregation}, dilated_group={dilated},",
         f"  fps_mods=({', '.join(_SAMPLERS[la.sampler] for la in layers)},), fps_sample_range_lists=({ranges},),",
-        "  norm_cfg=dict(type='BN2d', eps=1e-3, momentum=0.1),",
+        f"  out_indices=({len(layers) - 1},), norm_cfg=dict(type='BN2d', eps={eps:g}, momentum=0.1),",
         f"  sa_cfg=dict(type='PointSAModuleMSG', pool_mod='max', use_xyz={config.use_xyz}, normalize_xyz=False),",
         f"  init_cfg=dict(type='Pretrained', checkpoint='{job.out}', prefix='{job.prefix}'))",
     ]
@@ -239,7 +247,7 @@ _MM = ("spconv1",)
 _RESIDUAL_MM = partial(_voxel_peer, layer_names=voxel.MMDET3D_RESIDUAL, bias=False)
 _TURNED_MM = partial(_voxel_peer, layer_names=voxel.MMDET3D_RESIDUAL, bias=False, axes="xyz")
 _PLAIN = partial(to.convert_voxel, rename=names.same_name)
-_TO_MM_RESIDUAL = partial(to.convert_voxel, rename=names.mmdet3d_residual)
+_TO_MM_RESIDUAL = partial(_mmdet3d_voxel, rename=names.mmdet3d_residual)
 
 
 def _use(function: Callable[[PointJob, str], list[str]], network: str) -> Callable[[PointJob], list[str]]:
@@ -264,6 +272,17 @@ def _mmdet3d_network(
     return PointNetwork(encoder, "pts_middle_encoder.", _MM, axes, convert, peer, use)
 
 
+def _openpcdet_msg(encoder: str) -> PointNetwork:
+    peer = partial(_pointnet_peer, project="openpcdet", eps=1e-5)
+    return PointNetwork(encoder, "backbone_3d.", (), "", _openpcdet_pointnet, peer, _use_openpcdet_pointnet)
+
+
+def _mmdet3d_msg(encoder: str, eps: float) -> PointNetwork:
+    """`eps` is what the printed configuration says: 1e-3 as SimIPU and 3DSSD have, 1e-5 where the run has torch's."""
+    convert, peer = partial(_mmdet3d_pointnet, eps=eps), partial(_pointnet_peer, project="mmdet3d", eps=eps)
+    return PointNetwork(encoder, "backbone.", (), "", convert, peer, partial(_use_mmdet3d_pointnet, eps=eps))
+
+
 POINT_TARGETS = {
     "openpcdet": PointTarget(
         "8cacccec (2024-04)",
@@ -272,15 +291,8 @@ POINT_TARGETS = {
             "VoxelBackBone8x": _openpcdet_network("voxel_backbone8x", "VoxelBackBone8x"),
             "UNetV2": _openpcdet_network("voxel_backbone8x", "UNetV2", _unet_v2),
             "VoxelResBackBone8x": _openpcdet_network("voxel_res_backbone8x", "VoxelResBackBone8x"),
-            "PointNet2MSG": PointNetwork(
-                "pointnet2_msg",
-                "backbone_3d.",
-                (),
-                "",
-                _openpcdet_pointnet,
-                partial(_pointnet_peer, project="openpcdet"),
-                _use_openpcdet_pointnet,
-            ),
+            "PointNet2MSG": _openpcdet_msg("pointnet2_msg"),
+            "PointNet2MSG-one-ball": _openpcdet_msg("pointnet2_ssg"),
         },
         r"backbone_3d\.",
         "backbone_3d., the place of every 3D backbone in OpenPCDet",
@@ -292,7 +304,7 @@ POINT_TARGETS = {
             "SparseEncoder": _mmdet3d_network(
                 "voxel_backbone8x",
                 "SparseEncoder",
-                partial(to.convert_voxel, rename=names.mmdet3d_plain),
+                partial(_mmdet3d_voxel, rename=names.mmdet3d_plain),
                 partial(_voxel_peer, layer_names=voxel.MMDET3D_PLAIN),
                 "zyx",
             ),
@@ -306,15 +318,8 @@ POINT_TARGETS = {
                 _TURNED_MM,
                 "xyz",
             ),
-            "PointNet2SAMSG": PointNetwork(
-                "pointnet2_msg",
-                "backbone.",
-                (),
-                "",
-                _mmdet3d_pointnet,
-                partial(_pointnet_peer, project="mmdet3d"),
-                _use_mmdet3d_pointnet,
-            ),
+            "PointNet2SAMSG": _mmdet3d_msg("pointnet2_msg", 1e-3),
+            "PointNet2SAMSG-one-ball": _mmdet3d_msg("pointnet2_ssg", 1e-5),
         },
         r"([A-Za-z_]\w*\.)+",
         "the detector's name of its encoder with a dot, as middle_encoder., pts_middle_encoder. or backbone.",

@@ -14,6 +14,7 @@ from torch import Tensor
 import simipu3d
 from simipu3d.config import PartConfig
 from simipu3d.encoders.image_weights import read_torch_file, some_names
+from simipu3d.encoders.pointnet2 import PointNet2SSGConfig
 from simipu3d.errors import UserError
 from simipu3d.export import convert, verify_points
 from simipu3d.export.checkpoint import load_run_checkpoint, rebuild_point_encoder
@@ -63,6 +64,7 @@ def export_points(
     state, run = load_run_checkpoint(ckpt)
     encoder, config, columns = rebuild_point_encoder(ckpt, state, run)
     name = config.name
+    config = config.as_msg() if isinstance(config, PointNet2SSGConfig) else config
     title, chosen = kind.network_for(name, network, target)
     prefix = chosen.prefix if prefix is None else prefix
     kind.check_prefix(prefix)
@@ -91,7 +93,7 @@ def _layout(network: PointNetwork, asked: str | None, title: str) -> str:
 
 def _channels(config: PartConfig, columns: tuple[str, ...], asked: int | None) -> int:
     own = getattr(config, "in_channels", len(columns))
-    least = 1 if hasattr(config, "in_channels") else 3
+    least = 1 if hasattr(config, "in_channels") else 3 if getattr(config, "use_xyz", True) else 4
     if asked is not None and not least <= asked <= _MOST_CHANNELS:
         raise UserError(f"--channels {asked}: expected {least} to {_MOST_CHANNELS}; the run had {own}")
     return own if asked is None else asked

@@ -174,7 +174,7 @@ def _unet_outputs(encoder: nn.Module, x: SparseTensor, depth: int) -> list[Spars
 def check_pointnet(job: PointJob, converted: Converted, peer: nn.Module, axes: str) -> dict[str, Any]:
     """Every set abstraction layer, on two clouds; centres are those that the run's samplers choose."""
     encoder = job.encoder
-    num = job.config.layers[0].num_points * 5 // 4 + 37
+    num = job.config.abstractions[0].num_points * 5 // 4 + 37
     generator = torch.Generator().manual_seed(24)
     # On a grid of 1/256 m squared distances are exact, so that both sides agree on who is inside a shell.
     xyz = (torch.rand(2 * num, 3, generator=generator) * torch.tensor([10.0, 8.0, 3.0]) * 256).floor() / 256
@@ -218,6 +218,7 @@ CHECKS = {
     "voxel_backbone8x": check_voxel,
     "voxel_res_backbone8x": check_voxel,
     "pointnet2_msg": check_pointnet,
+    "pointnet2_ssg": check_pointnet,
     "sparse_unet34": check_unet,
 }
 """Which comparison an encoder gets."""

@@ -30,10 +30,10 @@ def neighbours(xyz: Tensor, centres: Tensor, shell: tuple[float, float, int]) ->
     return torch.where(order < len(xyz), order, order[:, :1])
 
 
-def _openpcdet_mlp(widths: tuple[int, ...]) -> nn.Module:
+def _openpcdet_mlp(widths: tuple[int, ...], eps: float = 1e-5) -> nn.Module:
     mlp = nn.Sequential()
     for a, b in pairwise(widths):
-        mlp.extend([nn.Conv2d(a, b, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()])
+        mlp.extend([nn.Conv2d(a, b, 1, bias=False), nn.BatchNorm2d(b, eps=eps), nn.ReLU()])
     return mlp
 
 
@@ -46,10 +46,10 @@ class _ConvModule(nn.Module):
         return self.bn(self.conv(x)).relu()
 
 
-def _mmdet3d_mlp(widths: tuple[int, ...]) -> nn.Module:
+def _mmdet3d_mlp(widths: tuple[int, ...], eps: float) -> nn.Module:
     mlp = nn.Sequential()
     for j, (a, b) in enumerate(pairwise(widths)):
-        mlp.add_module(f"layer{j}", _ConvModule(nn.Conv2d(a, b, 1), nn.BatchNorm2d(b, eps=1e-3)))
+        mlp.add_module(f"layer{j}", _ConvModule(nn.Conv2d(a, b, 1), nn.BatchNorm2d(b, eps=eps)))
     return mlp
 
 
@@ -61,9 +61,10 @@ class PeerPointNet(nn.Module):
         layers: the settings.
         num_features: columns after x, y, z.
         use_xyz: whether the MLPs read the neighbours' offsets, before the features.
+        eps: of the MLPs' BatchNorms.
     """
 
-    def __init__(self, project: str, layers: list[Layer], num_features: int, use_xyz: bool):
+    def __init__(self, project: str, layers: list[Layer], num_features: int, use_xyz: bool, eps: float):
         super().__init__()
         self.layers, self.use_xyz = layers, use_xyz
         build = _openpcdet_mlp if project == "openpcdet" else _mmdet3d_mlp
@@ -72,7 +73,7 @@ class PeerPointNet(nn.Module):
         skips = [channels]
         for layer in layers:
             module = nn.Module()
-            module.mlps = nn.ModuleList(build((channels + 3 * use_xyz, *widths)) for widths in layer.mlps)
+            module.mlps = nn.ModuleList(build((channels + 3 * use_xyz, *widths), eps) for widths in layer.mlps)
             self.SA_modules.append(module)
             channels = sum(widths[-1] for widths in layer.mlps)
             mix = nn.Identity()
