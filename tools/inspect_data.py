@@ -51,10 +51,8 @@ def inspect(args: argparse.Namespace) -> None:
 def check(reader: module.FrameReader, number: int, num_workers: int, title: str) -> None:
     """Read frames, print every problem and a summary; problems are an error."""
     indices = spread_indices(number, len(reader))
-    console = Console(stderr=True)
-    checks = check_frames(reader, indices, num_workers)
-    checks = track(checks, "checking", len(indices), console=console, disable=not console.is_terminal)
-    report = collect(list(checks))
+    checks, console = check_frames(reader, indices, num_workers), Console(stderr=True)
+    report = collect(list(track(checks, "checking", len(indices), console=console, disable=not console.is_terminal)))
     for problem in report.problems:
         print(problem)
     print_table(("what", "found"), summary(report), title)
