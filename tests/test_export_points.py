@@ -292,7 +292,10 @@ def test_a_broken_conversion_leaves_no_file(tmp_path, out, monkeypatch, capsys, 
 def test_a_transposed_one_by_one_layer_is_caught(tmp_path, out, monkeypatch):
     write_point_checkpoint(tmp_path / "last.ckpt", UNET)
     same = foreign_names.to_minkowski
-    square = lambda w: w.contiguous() if w.dim() == 2 and w.shape[0] == w.shape[1] else same(w)  # noqa: E731
+
+    def square(weight):
+        return weight.contiguous() if weight.dim() == 2 and weight.shape[0] == weight.shape[1] else same(weight)
+
     encoder, _ = random_encoder(UNET | {"out_channels": 6})
     assert encoder.final.weight.shape == (6, 6)
     write_point_checkpoint(tmp_path / "last.ckpt", UNET | {"out_channels": 6})

@@ -81,17 +81,7 @@ def export_image(
     meta["dropped"] += sorted({name.partition(".")[0] + ".*" for name in _outside_image(state)})
     job = Job(out, prefix, family.prepare(encoder, target, prefix), input, convert_weights)
     tensors = family.convert(job, target, meta)
-    meta |= {
-        "target": target,
-        "kind": "folder"
-        if not kind.suffixes
-        else ("whole detector" if target == "openpcdet" and prefix not in ("", "backbone.") else "weights"),
-        "target_version_checked": kind.checked_with,
-        "names": "*" if convert_weights else _name_pattern(target, prefix),
-        "weight_layout": "out, in, ky, kx",
-        "tensors": len(tensors),
-        "tensors_sha256": tensor_hash(tensors),
-    }
+    meta |= _describe_file(job, target, kind, tensors)
     usage = kind.usage(job)
     sidecar = write_checked(
         out,
@@ -104,6 +94,20 @@ def export_image(
         folder=not kind.suffixes,
     )
     return ExportReport(out, sidecar, meta, usage, _facts(meta))
+
+
+def _describe_file(job: Job, target: str, kind: ImageTarget, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What the sidecar says of the file itself."""
+    form = "whole detector" if target == "openpcdet" and job.prefix not in ("", "backbone.") else "weights"
+    return {
+        "target": target,
+        "kind": form if kind.suffixes else "folder",
+        "target_version_checked": kind.checked_with,
+        "names": "*" if job.microsoft else _name_pattern(target, job.prefix),
+        "weight_layout": "out, in, ky, kx",
+        "tensors": len(tensors),
+        "tensors_sha256": tensor_hash(tensors),
+    }
 
 
 @dataclass(frozen=True)
