@@ -6,9 +6,9 @@ import torch
 from simipu3d.config import merge
 from simipu3d.contracts.batch import Batch, PointView
 from simipu3d.contracts.frame import Camera, Frame
-from simipu3d.data.augment import augment_frame
-from simipu3d.data.collate import collate
 from simipu3d.data.config import AugmentConfig, ImageAugmentConfig
+from simipu3d.data.loading.augment import augment_frame
+from simipu3d.data.loading.collate import collate
 from simipu3d.methods.simipu import SimIPU
 
 COLUMNS = ("x", "y", "z", "intensity")

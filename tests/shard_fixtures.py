@@ -3,8 +3,8 @@
 import pytest
 from shard_sets import SMALL, WORLD, parse
 
-from simipu3d.data.module import build_reader
-from simipu3d.data.shard_writer import prepare_shards
+from simipu3d.data.loading.loader import build_reader
+from simipu3d.data.shards.writer import prepare_shards
 
 
 @pytest.fixture(scope="session")

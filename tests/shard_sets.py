@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from simipu3d.config import parse_part
-from simipu3d.data.module import build_reader
+from simipu3d.data.loading.loader import build_reader
 from simipu3d.data.readers.shards import ShardsReader
-from simipu3d.data.shard_frames import PrepareConfig
+from simipu3d.data.shards.frames import PrepareConfig
 from simipu3d.registry import READERS
 
 WORLD = {

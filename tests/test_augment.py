@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from simipu3d.contracts.frame import Camera, Frame
-from simipu3d.data.augment import augment_frame
-from simipu3d.data.augment_images import augment_image, change_colours, draw_size
-from simipu3d.data.augment_points import draw_indices, draw_point_views, draw_transform
 from simipu3d.data.config import AugmentConfig, ImageAugmentConfig
+from simipu3d.data.loading.augment import augment_frame
+from simipu3d.data.loading.augment_images import augment_image, change_colours, draw_size
+from simipu3d.data.loading.augment_points import draw_indices, draw_point_views, draw_transform
 from simipu3d.data.readers.kitti import KittiConfig, KittiReader
 from simipu3d.geometry.boxes import box_corners, points_in_boxes
 from simipu3d.geometry.camera import move_pixels, project_points

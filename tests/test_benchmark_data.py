@@ -5,7 +5,7 @@ import pytest
 from simipu3d.benchmark.data import time_cases
 from simipu3d.benchmark.made_data import Case, write_made_data
 from simipu3d.config import parse_part
-from simipu3d.data.module import build_reader
+from simipu3d.data.loading.loader import build_reader
 from simipu3d.registry import READERS
 
 

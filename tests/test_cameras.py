@@ -10,9 +10,9 @@ from helpers import AUGMENT, CAMERA_FROM_LIDAR, batch_of, small_method, street
 from simipu3d.contracts.batch import Batch, ImageView, map_tensors
 from simipu3d.contracts.frame import Camera, Frame
 from simipu3d.contrast.info_nce import info_nce
-from simipu3d.data.augment import augment_frame
-from simipu3d.data.collate import collate
 from simipu3d.data.config import ImageAugmentConfig
+from simipu3d.data.loading.augment import augment_frame
+from simipu3d.data.loading.collate import collate
 from simipu3d.engine.pretrain import pretrain
 from simipu3d.methods.drawing import draw_features, draw_pixel_pairs
 from simipu3d.pictures import mosaic

@@ -12,7 +12,7 @@ from PIL import Image
 
 from simipu3d.config import parse_part
 from simipu3d.data.check import check_frame, check_frames, collect
-from simipu3d.data.module import build_reader
+from simipu3d.data.loading.loader import build_reader
 from simipu3d.errors import BadFrameError, UserError
 from simipu3d.pictures.overlay import project
 from simipu3d.registry import READERS

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from slow_rays import slow_cast
 
+from simipu3d.benchmark.synthetic_waymo.drive import WaymoDrive, make_moment
+from simipu3d.benchmark.synthetic_waymo.projection import fold_radius, image_places, project_street
+from simipu3d.benchmark.synthetic_waymo.rig import WaymoRigSettings
+from simipu3d.benchmark.synthetic_waymo.sweep import sweep
 from simipu3d.data.drive_world import raycast
 from simipu3d.data.drive_world.render import scan_rays
 from simipu3d.data.drive_world.scene import build_scene
-from simipu3d.data.drive_world.waymo_drive import WaymoDrive, make_moment
-from simipu3d.data.drive_world.waymo_projection import fold_radius, image_places, project_street
-from simipu3d.data.drive_world.waymo_rig import WaymoRigSettings
-from simipu3d.data.drive_world.waymo_sweep import sweep
 from simipu3d.data.readers.waymo_moment import CAMERA_NAMES, LASER_NAMES
 from simipu3d.geometry.boxes import points_in_boxes
 from simipu3d.geometry.camera import project_points

@@ -4,9 +4,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from simipu3d.data.drive_world.waymo_drive import WaymoDrive
-from simipu3d.data.drive_world.waymo_files import SCHEMAS, write_waymo_v2
-from simipu3d.data.drive_world.waymo_rig import WaymoRigSettings
+from simipu3d.benchmark.synthetic_waymo.drive import WaymoDrive
+from simipu3d.benchmark.synthetic_waymo.files import SCHEMAS, write_waymo_v2
+from simipu3d.benchmark.synthetic_waymo.rig import WaymoRigSettings
 from simipu3d.data.readers.waymo_moment import CAMERA_NAMES, LASER_NAMES, OBJECT_NAMES
 
 SMALL = WaymoRigSettings(image_width=48, top_size=(8, 60), side_size=(6, 20), num_moments=3)

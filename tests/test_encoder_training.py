@@ -7,7 +7,7 @@ import torch
 from helpers import make_view
 
 from simipu3d.config import parse_part
-from simipu3d.data.module import build_reader, make_loader
+from simipu3d.data.loading.loader import build_reader, make_loader
 from simipu3d.engine.optim import build_optimizer
 from simipu3d.engine.pretrain import build_method
 from simipu3d.engine.settings import load_pretrain_config

@@ -12,9 +12,9 @@ from simipu3d.compat import import_timm, import_torchvision
 from simipu3d.config import parse_block, to_plain
 from simipu3d.encoders.image import BatchNorm, ImageEncoder, ImageEncoderConfig
 from simipu3d.errors import UserError
-from simipu3d.export import convert, targets
-from simipu3d.export.image import export_image
-from simipu3d.export.verify import ExportError
+from simipu3d.export.image import convert, targets
+from simipu3d.export.image.verify import ExportError
+from simipu3d.export.image.write import export_image
 from simipu3d.tools.export import main
 
 RELEASED = {"bn_eps": 1e-3, "bn_momentum": 0.01, "input": "caffe_bgr", "norm": "sync_bn"}

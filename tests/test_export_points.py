@@ -8,16 +8,17 @@ import torch
 from exported import BALLS, FLAT_UNET, RES, SHELLS, SINGLE, UNET, VOXEL, random_encoder, write_point_checkpoint
 from torch import nn
 
-from simipu3d.encoders import foreign_names
 from simipu3d.encoders.sparse import SparseTensor
 from simipu3d.errors import UserError
-from simipu3d.export import convert, verify_points
+from simipu3d.export.image import convert
+from simipu3d.export.image.verify import ExportError
 from simipu3d.export.peers.pointnet import neighbours
 from simipu3d.export.peers.sparse import Grid, PeerConv, PeerTensor
-from simipu3d.export.points import export_points
-from simipu3d.export.verify import ExportError
+from simipu3d.export.points import verify as verify_points
+from simipu3d.export.points.write import export_points
 from simipu3d.registry import POINT_ENCODERS
 from simipu3d.tools.export import main
+from simipu3d.weights import foreign_names
 
 OUT = {"output_conv": True}
 

@@ -5,8 +5,8 @@ import torch
 from test_export_image import write_checkpoint
 
 from simipu3d.errors import UserError
-from simipu3d.export import convert, swin
-from simipu3d.export.image import export_image
+from simipu3d.export.image import convert, swin
+from simipu3d.export.image.write import export_image
 
 SWIN = {
     "name": "swin_tiny_patch4_window7_224",

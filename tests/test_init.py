@@ -15,8 +15,8 @@ from simipu3d.contracts.batch import PointView
 from simipu3d.engine.init_weights import load_weights
 from simipu3d.engine.run import RUN_KEYS
 from simipu3d.errors import UserError
-from simipu3d.export import verify, verify_points
-from simipu3d.export.image import export_image
+from simipu3d.export.image import verify
+from simipu3d.export.image.write import export_image
 from simipu3d.export.peers.unet import MinkowskiUNet
 from simipu3d.export.peers.voxel import (
     MMDET3D_RESIDUAL,
@@ -25,7 +25,8 @@ from simipu3d.export.peers.voxel import (
     PeerEncoder,
     Style,
 )
-from simipu3d.export.points import export_points
+from simipu3d.export.points import verify as verify_points
+from simipu3d.export.points.write import export_points
 from simipu3d.methods.simipu import SimIPU
 
 RESNET = {"name": "resnet18"}

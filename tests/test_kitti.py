@@ -10,7 +10,7 @@ from PIL import Image
 
 from simipu3d.config import parse_part
 from simipu3d.contracts.frame import Boxes
-from simipu3d.data.module import build_reader
+from simipu3d.data.loading.loader import build_reader
 from simipu3d.data.readers.files import read_float_rows
 from simipu3d.data.readers.kitti_labels import CameraBoxes, difficulty, read_labels, to_camera, to_lidar, wrap_angle
 from simipu3d.errors import BadFrameError, UserError

@@ -5,7 +5,7 @@ import csv
 import pytest
 import torch
 
-from simipu3d.data.module import build_reader, make_loader
+from simipu3d.data.loading.loader import build_reader, make_loader
 from simipu3d.engine.pretrain import build_method, pretrain
 from simipu3d.engine.settings import load_pretrain_config
 

@@ -9,10 +9,10 @@ import torch
 from simipu3d.config import parse_part
 from simipu3d.contracts.batch import move_tensors
 from simipu3d.contracts.frame import Camera, Frame
-from simipu3d.data.collate import NoSample, collate
 from simipu3d.data.config import AugmentConfig, DataConfig, ImageAugmentConfig
-from simipu3d.data.module import BadFrameLimit, PairDataset, check_seen, make_loader
-from simipu3d.data.order import EpochSampler, epoch_order
+from simipu3d.data.loading.collate import NoSample, collate
+from simipu3d.data.loading.loader import BadFrameLimit, PairDataset, check_seen, make_loader
+from simipu3d.data.loading.order import EpochSampler, epoch_order
 from simipu3d.errors import BadFrameError, UserError
 from simipu3d.registry import READERS
 

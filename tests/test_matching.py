@@ -13,9 +13,9 @@ from simipu3d.matching.projection import (
     PixelPairs,
     exact_coordinates,
     project_tokens,
-    released_coordinates,
     sample_bilinear,
 )
+from simipu3d.matching.released import released_coordinates
 
 FOCAL = 100.0
 

@@ -5,13 +5,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from simipu3d.benchmark.synthetic_waymo.drive import WaymoDrive
+from simipu3d.benchmark.synthetic_waymo.files import write_waymo_v2
+from simipu3d.benchmark.synthetic_waymo.rig import WaymoRigSettings
 from simipu3d.config import parse_part, to_plain
-from simipu3d.data.drive_world.waymo_drive import WaymoDrive
-from simipu3d.data.drive_world.waymo_files import write_waymo_v2
-from simipu3d.data.drive_world.waymo_rig import WaymoRigSettings
-from simipu3d.data.module import augment_of, build_reader, make_loader
-from simipu3d.data.shard_frames import PrepareConfig
-from simipu3d.data.shard_writer import prepare_shards
+from simipu3d.data.loading.loader import augment_of, build_reader, make_loader
+from simipu3d.data.shards.frames import PrepareConfig
+from simipu3d.data.shards.writer import prepare_shards
 from simipu3d.engine.settings import load_pretrain_config
 from simipu3d.errors import UserError
 from simipu3d.registry import READERS

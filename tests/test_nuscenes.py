@@ -28,7 +28,7 @@ from nuscenes_drive import (
 from PIL import Image
 
 from simipu3d.config import parse_part
-from simipu3d.data.module import build_reader
+from simipu3d.data.loading.loader import build_reader
 from simipu3d.data.readers import nuscenes_rows
 from simipu3d.data.readers.nuscenes import CAMERAS
 from simipu3d.data.readers.nuscenes_boxes import read_annotations

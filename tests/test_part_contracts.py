@@ -7,7 +7,7 @@ import simipu3d.methods  # noqa: F401  (fills the registry of assignments)
 from simipu3d.config import PartConfig, parse_part
 from simipu3d.contracts.tokens import PointTokens
 from simipu3d.data.config import DataConfig
-from simipu3d.data.module import build_reader
+from simipu3d.data.loading.loader import build_reader
 from simipu3d.errors import UserError
 from simipu3d.matching.assignment import match_tokens
 from simipu3d.registry import ASSIGNMENTS, READERS, REGISTRIES, Registry

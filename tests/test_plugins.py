@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from simipu3d.config import parse_block
-from simipu3d.data.module import build_reader
+from simipu3d.data.loading.loader import build_reader
 from simipu3d.encoders.image import ImageEncoder, ImageEncoderConfig
 from simipu3d.engine import plugins
 from simipu3d.engine.plugins import load_plugins, require_plugins

@@ -18,16 +18,16 @@ from helpers import street
 from PIL import Image
 from shard_sets import SMALL, WORLD, contents, difference, open_shards, parse
 
+from simipu3d.benchmark.synthetic_waymo.drive import WaymoDrive
+from simipu3d.benchmark.synthetic_waymo.files import write_waymo_v1, write_waymo_v2
+from simipu3d.benchmark.synthetic_waymo.rig import WaymoRigSettings
 from simipu3d.contracts.frame import Boxes
-from simipu3d.data import shard_store
-from simipu3d.data.drive_world.waymo_drive import WaymoDrive
-from simipu3d.data.drive_world.waymo_files import write_waymo_v1, write_waymo_v2
-from simipu3d.data.drive_world.waymo_rig import WaymoRigSettings
-from simipu3d.data.module import build_reader
-from simipu3d.data.shard_frames import PrepareConfig, decode_frame, encode_frame
-from simipu3d.data.shard_store import open_store
-from simipu3d.data.shard_verify import verify_shards
-from simipu3d.data.shard_writer import prepare_shards
+from simipu3d.data.loading.loader import build_reader
+from simipu3d.data.shards import store as shard_store
+from simipu3d.data.shards.frames import PrepareConfig, decode_frame, encode_frame
+from simipu3d.data.shards.store import open_store
+from simipu3d.data.shards.verify import verify_shards
+from simipu3d.data.shards.writer import prepare_shards
 from simipu3d.engine.settings import load_prepare_config, load_pretrain_config
 from simipu3d.errors import BadFrameError, UserError
 from simipu3d.tools.prepare_data import main

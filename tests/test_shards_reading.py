@@ -15,12 +15,12 @@ import yaml
 from helpers import BLOCKS
 from shard_sets import SMALL, contents, difference, open_shards, parse
 
-from simipu3d.data import shard_store
-from simipu3d.data.module import BadFrameLimit, build_reader, make_loader
-from simipu3d.data.shard_format import FORMAT
-from simipu3d.data.shard_store import LocalStore, RemoteStore, StoreError, open_store
-from simipu3d.data.shard_verify import verify_shards
-from simipu3d.data.shard_writer import prepare_shards
+from simipu3d.data.loading.loader import BadFrameLimit, build_reader, make_loader
+from simipu3d.data.shards import store as shard_store
+from simipu3d.data.shards.format import FORMAT
+from simipu3d.data.shards.store import LocalStore, RemoteStore, StoreError, open_store
+from simipu3d.data.shards.verify import verify_shards
+from simipu3d.data.shards.writer import prepare_shards
 from simipu3d.engine.pretrain import pretrain
 from simipu3d.engine.run import read_checkpoint
 from simipu3d.errors import BadFrameError, UserError

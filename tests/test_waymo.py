@@ -36,7 +36,7 @@ from waymo_drive import (
 )
 
 from simipu3d.config import parse_part
-from simipu3d.data.module import build_reader
+from simipu3d.data.loading.loader import build_reader
 from simipu3d.data.readers import parquet_rows, waymo_v2
 from simipu3d.data.readers.parquet_rows import ParquetRows, Recent
 from simipu3d.data.readers.waymo_moment import CAMERA_NAMES, LASER_NAMES, WaymoRequest

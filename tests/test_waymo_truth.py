@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from simipu3d.benchmark.synthetic_waymo.drive import WaymoDrive
+from simipu3d.benchmark.synthetic_waymo.files import write_waymo_v1, write_waymo_v2
+from simipu3d.benchmark.synthetic_waymo.rig import WaymoRigSettings
 from simipu3d.config import parse_part
-from simipu3d.data.augment_points import draw_transform
 from simipu3d.data.config import AugmentConfig
-from simipu3d.data.drive_world.waymo_drive import WaymoDrive
-from simipu3d.data.drive_world.waymo_files import write_waymo_v1, write_waymo_v2
-from simipu3d.data.drive_world.waymo_rig import WaymoRigSettings
-from simipu3d.data.module import build_reader
+from simipu3d.data.loading.augment_points import draw_transform
+from simipu3d.data.loading.loader import build_reader
 from simipu3d.data.readers.waymo import WaymoReader
 from simipu3d.data.readers.waymo_moment import CAMERA_NAMES
 from simipu3d.engine.pretrain import pretrain

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
+from simipu3d.benchmark.synthetic_waymo.record import moment_to_record
 from simipu3d.contracts.frame import Boxes
-from simipu3d.data.drive_world.waymo_record import moment_to_record
 from simipu3d.data.readers import waymo_protos
 from simipu3d.data.readers.tfrecord import masked_crc, read_record, scan_records, write_records
 from simipu3d.data.readers.waymo_moment import (

@@ -19,7 +19,7 @@ from simipu3d.engine.pretrain import pretrain
 from simipu3d.engine.run import write_whole
 from simipu3d.engine.settings import load_pretrain_config
 from simipu3d.errors import UserError
-from simipu3d.export.image import export_image
+from simipu3d.export.image.write import export_image
 from simipu3d.pictures import save_png
 from simipu3d.probe.report import RunReport, report_run
 

@@ -54,8 +54,8 @@ def body(args: argparse.Namespace) -> None:
     """Export, and print what was written and how to use it."""
     from simipu3d.engine.plugins import load_plugins
     from simipu3d.errors import UserError
-    from simipu3d.export.image import export_image
-    from simipu3d.export.points import export_points
+    from simipu3d.export.image.write import export_image
+    from simipu3d.export.points.write import export_points
 
     load_plugins(args.plugins, "--plugins")
     logging.getLogger("simipu3d.encoders").setLevel(logging.WARNING)  # networks built here are for the check only

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import track
 
 from simipu3d.command_line import add_config_arguments, print_table, run
-from simipu3d.data import module
 from simipu3d.data.check import as_on_disk, check_frames, collect, frame_count, spread_indices, summary
+from simipu3d.data.loading import loader as module
 from simipu3d.engine.settings import load_data_config
 from simipu3d.errors import BadFrameError, UserError
 from simipu3d.pictures.frames import FrameFacts, write_pages

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from simipu3d.command_line import add_config_arguments, run
-from simipu3d.data.shard_verify import verify_shards
-from simipu3d.data.shard_writer import prepare_shards
+from simipu3d.data.shards.verify import verify_shards
+from simipu3d.data.shards.writer import prepare_shards
 from simipu3d.engine.settings import load_prepare_config
 from simipu3d.errors import UserError
 

@@ -21,9 +21,9 @@ import torch
 from simipu3d.benchmark.made_data import Case, write_made_data
 from simipu3d.config import parse_part
 from simipu3d.contracts.frame import Frame
-from simipu3d.data.augment import augment_frame
-from simipu3d.data.module import build_reader
-from simipu3d.data.order import sample_seeds
+from simipu3d.data.loading.augment import augment_frame
+from simipu3d.data.loading.loader import build_reader
+from simipu3d.data.loading.order import sample_seeds
 from simipu3d.data.readers.files import decode_image
 from simipu3d.registry import READERS
 

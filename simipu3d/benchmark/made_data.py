@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from simipu3d.benchmark.synthetic_waymo.drive import WaymoDrive, WaymoTruth
+from simipu3d.benchmark.synthetic_waymo.files import write_waymo_v1, write_waymo_v2
+from simipu3d.benchmark.synthetic_waymo.rig import WaymoRigSettings
 from simipu3d.config import parse_part
-from simipu3d.data.drive_world.waymo_drive import WaymoDrive, WaymoTruth
-from simipu3d.data.drive_world.waymo_files import write_waymo_v1, write_waymo_v2
-from simipu3d.data.drive_world.waymo_rig import WaymoRigSettings
 from simipu3d.data.readers.waymo_moment import WaymoMoment
-from simipu3d.data.shard_frames import PrepareConfig
-from simipu3d.data.shard_writer import prepare_shards
+from simipu3d.data.shards.frames import PrepareConfig
+from simipu3d.data.shards.writer import prepare_shards
 from simipu3d.registry import READERS
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from simipu3d.contracts.frame import Boxes, Camera, Frame, FrameReader
 from simipu3d.data.config import DataConfig
-from simipu3d.data.module import start_worker
+from simipu3d.data.loading.loader import start_worker
 from simipu3d.data.readers.mixed import MixedConfig
 from simipu3d.errors import BadFrameError
 from simipu3d.geometry.boxes import points_in_boxes

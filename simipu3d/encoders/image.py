@@ -24,9 +24,9 @@ from simipu3d.encoders.image_trunk import (
     count_batches_once,
     first_pass,
 )
-from simipu3d.encoders.image_weights import LoadReport, load_pretrained, some_names
-from simipu3d.encoders.weight_folding import IMAGENET_MEAN, IMAGENET_STD
 from simipu3d.errors import UserError
+from simipu3d.weights.files import LoadReport, load_pretrained, some_names
+from simipu3d.weights.folding import IMAGENET_MEAN, IMAGENET_STD
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Which tensors of any checkpoint start a new run (`--init`)?
 
-A checkpoint of ours is taken by its names. A foreign one is recognised by the names in it (`encoders/foreign_weights.py`);
+A checkpoint of ours is taken by its names. A foreign one is recognised by the names in it (`weights/namings.py`);
 BatchNorm's eps and the input's normalisation are folded, so that the run starts from the function that was trained. A
 table says how many tensors were used, renamed and left; `init.txt` in the run's folder names every one.
 
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from simipu3d.config import parse_block, parse_part
-from simipu3d.encoders import foreign_names as names
-from simipu3d.encoders.foreign_weights import IMAGE_NAMINGS, LEAST, NAMINGS, Match, Naming, best_match, further_layers
 from simipu3d.encoders.image import ImageEncoder, ImageEncoderConfig, build_trunk
-from simipu3d.encoders.image_weights import read_torch_file, read_weights, some_names
-from simipu3d.encoders.weight_folding import fold_bias, fold_eps, fold_input, norm_eps
 from simipu3d.engine.run import read_checkpoint
 from simipu3d.errors import UserError
 from simipu3d.registry import POINT_ENCODERS
+from simipu3d.weights import foreign_names as names
+from simipu3d.weights.files import read_torch_file, read_weights, some_names
+from simipu3d.weights.folding import fold_bias, fold_eps, fold_input, norm_eps
+from simipu3d.weights.namings import IMAGE_NAMINGS, LEAST, NAMINGS, Match, Naming, best_match, further_layers
 
 log = logging.getLogger(__name__)
 

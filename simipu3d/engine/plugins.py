@@ -12,9 +12,7 @@ from collections.abc import Iterable
 from importlib.metadata import entry_points
 from typing import Any
 
-import simipu3d.data
-import simipu3d.encoders
-import simipu3d.methods  # noqa: F401  (the three fill the registries, so that a plugin that takes a name is to blame)
+import simipu3d.engine.parts  # noqa: F401  (fills the registries, so that a plugin that takes a name is to blame)
 from simipu3d.errors import UserError
 from simipu3d.registry import REGISTRIES
 

@@ -21,7 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy
 import simipu3d
 from simipu3d.contracts.batch import Batch
 from simipu3d.contracts.frame import FrameReader
-from simipu3d.data.module import BadFrameLimit, build_reader, check_enough_frames, make_loader
+from simipu3d.data.loading.loader import BadFrameLimit, build_reader, check_enough_frames, make_loader
 from simipu3d.engine.callbacks import Checkpoints, FiniteLoss, Metrics, Pictures, Progress
 from simipu3d.engine.init_weights import load_weights
 from simipu3d.engine.optim import build_optimizer

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from simipu3d.config import PartConfig, apply_sets, check_top_level, load_yaml, merge, parse_block, parse_part, to_plain
-from simipu3d.data.shard_frames import PrepareConfig
+from simipu3d.data.shards.frames import PrepareConfig
 from simipu3d.encoders.image import ImageEncoderConfig
 from simipu3d.engine.optim import OptimConfig, parse_optim
 from simipu3d.engine.plugins import load_plugins, plugins_behind, require_plugins

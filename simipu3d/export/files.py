@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simipu3d.encoders.image_weights import some_names
 from simipu3d.errors import UserError
-from simipu3d.export import verify
+from simipu3d.export.image import verify
+from simipu3d.weights.files import some_names
 
 Tensors = dict[str, Tensor]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import simipu3d
 from simipu3d.encoders.image import CAFFE_BGR_MEAN, ImageEncoder
-from simipu3d.encoders.weight_folding import IMAGENET_MEAN, IMAGENET_STD
+from simipu3d.weights.folding import IMAGENET_MEAN, IMAGENET_STD
 
 FORMAT_VERSION = 1
 LICENCES = {

@@ -35,9 +35,9 @@ from simipu3d.matching.projection import (
     PixelPairs,
     exact_coordinates,
     project_tokens,
-    released_coordinates,
     sample_bilinear,
 )
+from simipu3d.matching.released import released_coordinates
 from simipu3d.methods.drawing import Picture, draw_features, draw_pixel_pairs, draw_token_pairs
 from simipu3d.registry import ASSIGNMENTS, METHODS, POINT_ENCODERS
 

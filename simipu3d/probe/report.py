@@ -15,10 +15,10 @@ from torch import Tensor
 from simipu3d.contracts.batch import Batch
 from simipu3d.contracts.frame import Frame, FrameReader
 from simipu3d.contracts.tokens import FeatureMap
-from simipu3d.data.augment import augment_frame
-from simipu3d.data.collate import collate
-from simipu3d.data.module import build_reader
-from simipu3d.data.order import sample_seeds
+from simipu3d.data.loading.augment import augment_frame
+from simipu3d.data.loading.collate import collate
+from simipu3d.data.loading.loader import build_reader
+from simipu3d.data.loading.order import sample_seeds
 from simipu3d.encoders.image import ImageEncoder
 from simipu3d.engine.pretrain import build_method
 from simipu3d.engine.run import read_checkpoint

@@ -15,7 +15,7 @@ from pydantic import Field, PlainSerializer, PlainValidator, PositiveFloat
 from simipu3d.config import PartConfig, merge, parse_block, to_plain
 from simipu3d.contracts.frame import Frame, FrameReader
 from simipu3d.data.config import AugmentConfig, DataConfig
-from simipu3d.data.order import order_rng, reader_order
+from simipu3d.data.loading.order import order_rng, reader_order
 from simipu3d.errors import UserError
 from simipu3d.registry import READERS
 

@@ -15,11 +15,11 @@ from pydantic import Field, PositiveInt
 
 from simipu3d.contracts.frame import Frame
 from simipu3d.data.config import DataConfig
-from simipu3d.data.order import epoch_order, order_rng
+from simipu3d.data.loading.order import epoch_order, order_rng
 from simipu3d.data.readers.files import WAY_OUT
-from simipu3d.data.shard_format import FrameEntry, Member, ShardInfo, digest, parse_entry, read_manifest
-from simipu3d.data.shard_frames import camera_stem, decode_frame, wanted
-from simipu3d.data.shard_store import LocalStore, StoreError, open_store
+from simipu3d.data.shards.format import FrameEntry, Member, ShardInfo, digest, parse_entry, read_manifest
+from simipu3d.data.shards.frames import camera_stem, decode_frame, wanted
+from simipu3d.data.shards.store import LocalStore, StoreError, open_store
 from simipu3d.errors import BadFrameError, UserError
 from simipu3d.registry import READERS
 

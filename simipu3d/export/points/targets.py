@@ -11,12 +11,12 @@ from functools import partial
 
 from torch import nn
 
-from simipu3d.encoders import foreign_names as names
-from simipu3d.encoders.image_weights import some_names
 from simipu3d.errors import UserError
-from simipu3d.export import point_convert as to
 from simipu3d.export.peers import pointnet, unet, voxel
-from simipu3d.export.point_convert import Converted, PointJob
+from simipu3d.export.points import convert as to
+from simipu3d.export.points.convert import Converted, PointJob
+from simipu3d.weights import foreign_names as names
+from simipu3d.weights.files import some_names
 
 
 @dataclass(frozen=True)

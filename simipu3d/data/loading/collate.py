@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from simipu3d.contracts.batch import Batch, ImageView, PointView
-from simipu3d.data.augment import Sample
-from simipu3d.data.augment_images import ImageSample
-from simipu3d.data.augment_points import PointSample
+from simipu3d.data.loading.augment import Sample
+from simipu3d.data.loading.augment_images import ImageSample
+from simipu3d.data.loading.augment_points import PointSample
 
 
 @dataclass(frozen=True)

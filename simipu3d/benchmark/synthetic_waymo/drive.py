@@ -14,13 +14,9 @@ from numpy.random import default_rng
 from numpy.typing import NDArray
 from PIL import Image
 
-from simipu3d.contracts.frame import Boxes
-from simipu3d.data.drive_world.raycast import Shadows, World, index_directions, index_shadows
-from simipu3d.data.drive_world.render import develop, photograph
-from simipu3d.data.drive_world.scene import build_scene
-from simipu3d.data.drive_world.waymo_boxes import actor_boxes, picture_labels
-from simipu3d.data.drive_world.waymo_projection import column_times, project_street
-from simipu3d.data.drive_world.waymo_rig import (
+from simipu3d.benchmark.synthetic_waymo.boxes import actor_boxes, picture_labels
+from simipu3d.benchmark.synthetic_waymo.projection import column_times, project_street
+from simipu3d.benchmark.synthetic_waymo.rig import (
     SWEEP,
     CameraMount,
     WaymoRigSettings,
@@ -28,7 +24,7 @@ from simipu3d.data.drive_world.waymo_rig import (
     build_lasers,
     draw_ride,
 )
-from simipu3d.data.drive_world.waymo_sweep import (
+from simipu3d.benchmark.synthetic_waymo.sweep import (
     ReturnTruth,
     Sweep,
     pixel_times,
@@ -36,6 +32,10 @@ from simipu3d.data.drive_world.waymo_sweep import (
     row_inclinations,
     sweep,
 )
+from simipu3d.contracts.frame import Boxes
+from simipu3d.data.drive_world.raycast import Shadows, World, index_directions, index_shadows
+from simipu3d.data.drive_world.render import develop, photograph
+from simipu3d.data.drive_world.scene import build_scene
 from simipu3d.data.readers.waymo_moment import WaymoCamera, WaymoLaser, WaymoMoment, WaymoReturn
 
 START_MICROS = 1_553_735_853_000_000

@@ -8,7 +8,7 @@ repetition. Pixels are edge-based (u, v): (0, 0) is the corner of the top-left p
 import numpy as np
 from numpy.typing import NDArray
 
-from simipu3d.data.drive_world.waymo_rig import CameraMount, Ride
+from simipu3d.benchmark.synthetic_waymo.rig import CameraMount, Ride
 
 
 def fold_radius(intrinsic: NDArray[np.float64]) -> float:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from simipu3d.contracts.batch import PointView
-from simipu3d.encoders.image_weights import some_names
 from simipu3d.encoders.sparse import SparseTensor
+from simipu3d.export.image.verify import TOLERANCE, ExportError, largest_difference
 from simipu3d.export.peers.sparse import Grid, PeerTensor
-from simipu3d.export.point_convert import Converted, PointJob
-from simipu3d.export.verify import TOLERANCE, ExportError, largest_difference
+from simipu3d.export.points.convert import Converted, PointJob
 from simipu3d.ops.backend import offsets_from_batch_index
+from simipu3d.weights.files import some_names
 
 SHAPE = (29, 47, 53)
 """Cells along z, y, x: odd at every level."""

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from simipu3d.encoders import foreign_names as names
 from simipu3d.errors import UserError
+from simipu3d.weights import foreign_names as names
 
 _COPY = re.compile(r"(^|\.)(encoder_k|momentum\w*|ema\w*|teacher|\w+_k)\.")
 """Prefixes of a slowly moving copy, which loses against the network it is a copy of."""

@@ -17,11 +17,11 @@ from torch import Tensor
 
 import simipu3d
 from simipu3d.encoders.image import ImageEncoder
-from simipu3d.encoders.image_weights import read_torch_file, read_weights
 from simipu3d.errors import UserError
-from simipu3d.export.convert import add_prefix
 from simipu3d.export.files import entry, write_torch
+from simipu3d.export.image.convert import add_prefix
 from simipu3d.export.metadata import model_card
+from simipu3d.weights.files import read_torch_file, read_weights
 
 TORCHVISION_NAMES = ("resnet18", "resnet34", "resnet50", "resnet101")
 DEEPLAB_NAMES = ("resnet50", "resnet101")

@@ -13,15 +13,16 @@ from torch import Tensor
 
 import simipu3d
 from simipu3d.config import PartConfig
-from simipu3d.encoders.image_weights import read_torch_file, some_names
 from simipu3d.encoders.pointnet2 import PointNet2SSGConfig
 from simipu3d.errors import UserError
-from simipu3d.export import convert, verify_points
 from simipu3d.export.checkpoint import load_run_checkpoint, rebuild_point_encoder
 from simipu3d.export.files import ExportReport, check_out, common_facts, entry, write_checked, write_torch
+from simipu3d.export.image import convert
 from simipu3d.export.metadata import describe_run, tensor_hash
-from simipu3d.export.point_convert import Converted, PointJob
-from simipu3d.export.point_targets import PointNetwork, PointTarget, check_point_target
+from simipu3d.export.points import verify as verify_points
+from simipu3d.export.points.convert import Converted, PointJob
+from simipu3d.export.points.targets import PointNetwork, PointTarget, check_point_target
+from simipu3d.weights.files import read_torch_file, some_names
 
 _MOST_CHANNELS = 64
 

@@ -7,7 +7,7 @@ puts before the names. Everything here works on copies. Shapes are those of a ba
 import torch
 from torch import Tensor
 
-from simipu3d.encoders.weight_folding import fold_bias, fold_eps, fold_input, norm_eps
+from simipu3d.weights.folding import fold_bias, fold_eps, fold_input, norm_eps
 
 __all__ = ["add_prefix", "fold_bias", "fold_eps", "fold_input", "norm_eps", "plain_copy"]
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from simipu3d.encoders import foreign_names
 from simipu3d.errors import UserError
-from simipu3d.export import convert
+from simipu3d.export.image import convert
 from simipu3d.export.peers.unet import POINTCEPT_EPS
+from simipu3d.weights import foreign_names
 
 NO_COUNTERPART = "OpenPCDet's PointNet2MSG has no counterpart for it; --to mmdet3d has"
 

@@ -13,13 +13,13 @@ from torch import Tensor
 
 import simipu3d
 from simipu3d.encoders.image import ImageEncoder
-from simipu3d.encoders.image_weights import read_torch_file, some_names
 from simipu3d.errors import UserError
-from simipu3d.export import verify
-from simipu3d.export.convert import add_prefix
 from simipu3d.export.files import entry, write_torch
+from simipu3d.export.image import verify
+from simipu3d.export.image.convert import add_prefix
+from simipu3d.export.image.targets import ImageTarget, Job, check_mmdet3d_prefix, mmdet3d_input
 from simipu3d.export.peers.swin import PeerSwin, microsoft_to_mmdet
-from simipu3d.export.targets import ImageTarget, Job, check_mmdet3d_prefix, mmdet3d_input
+from simipu3d.weights.files import read_torch_file, some_names
 
 BEVFUSION = "image_backbone."
 

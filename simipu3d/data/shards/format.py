@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from pydantic import Field, NonNegativeInt, ValidationError
 
 from simipu3d.config import PartConfig
-from simipu3d.data.shard_store import Store, StoreError
+from simipu3d.data.shards.store import Store, StoreError
 from simipu3d.errors import UserError
 
 FORMAT = 1

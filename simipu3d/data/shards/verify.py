@@ -4,9 +4,9 @@ import hashlib
 import json
 
 from simipu3d.data.readers.shards import ShardsConfig, ShardsReader
-from simipu3d.data.shard_format import PREPARE, ShardInfo, digest, is_sealed, parse_header
-from simipu3d.data.shard_jobs import check_stopped, progress_bar, run_jobs
-from simipu3d.data.shard_store import Store, StoreError
+from simipu3d.data.shards.format import PREPARE, ShardInfo, digest, is_sealed, parse_header
+from simipu3d.data.shards.jobs import check_stopped, progress_bar, run_jobs
+from simipu3d.data.shards.store import Store, StoreError
 from simipu3d.errors import BadFrameError
 
 CHUNK = 16 * 2**20

@@ -20,8 +20,8 @@ import simipu3d
 from simipu3d.config import changed_keys, to_plain
 from simipu3d.contracts.frame import Frame, FrameReader
 from simipu3d.data.config import DataConfig
-from simipu3d.data.module import BadFrameLimit, build_reader, check_seen
-from simipu3d.data.shard_format import (
+from simipu3d.data.loading.loader import BadFrameLimit, build_reader, check_seen
+from simipu3d.data.shards.format import (
     FORMAT,
     MANIFEST,
     PREPARE,
@@ -41,9 +41,9 @@ from simipu3d.data.shard_format import (
     sealed,
     shard_stem,
 )
-from simipu3d.data.shard_frames import PrepareConfig, encode_frame
-from simipu3d.data.shard_jobs import check_stopped, progress_bar, run_jobs
-from simipu3d.data.shard_store import Store, open_store
+from simipu3d.data.shards.frames import PrepareConfig, encode_frame
+from simipu3d.data.shards.jobs import check_stopped, progress_bar, run_jobs
+from simipu3d.data.shards.store import Store, open_store
 from simipu3d.errors import BadFrameError, UserError
 
 log = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from simipu3d.benchmark.synthetic_waymo.rig import SWEEP, LaserMount, Ride, top_inclinations
 from simipu3d.data.drive_world.raycast import World, index_directions
 from simipu3d.data.drive_world.render import scan_rays
-from simipu3d.data.drive_world.waymo_rig import SWEEP, LaserMount, Ride, top_inclinations
 
 COLUMNS_AT_ONCE = 128
 """So many columns of a spinning lidar share one list of solids."""

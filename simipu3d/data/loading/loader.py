@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from simipu3d.contracts.batch import Batch
 from simipu3d.contracts.frame import Frame, FrameReader
-from simipu3d.data.augment import Sample, augment_frame
-from simipu3d.data.collate import NoSample, collate
 from simipu3d.data.config import AugmentConfig, DataConfig
-from simipu3d.data.order import EpochSampler, Key, reader_order, sample_seeds
+from simipu3d.data.loading.augment import Sample, augment_frame
+from simipu3d.data.loading.collate import NoSample, collate
+from simipu3d.data.loading.order import EpochSampler, Key, reader_order, sample_seeds
 from simipu3d.errors import BadFrameError, UserError
 from simipu3d.geometry.camera import project_points
 from simipu3d.registry import READERS

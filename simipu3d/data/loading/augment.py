@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from simipu3d.contracts.frame import Frame
-from simipu3d.data.augment_images import ImageSample, augment_image
-from simipu3d.data.augment_points import PointSample, draw_point_views
 from simipu3d.data.config import AugmentConfig
+from simipu3d.data.loading.augment_images import ImageSample, augment_image
+from simipu3d.data.loading.augment_points import PointSample, draw_point_views
 
 
 @dataclass(frozen=True, eq=False)

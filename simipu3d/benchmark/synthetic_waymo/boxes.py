@@ -7,12 +7,12 @@ the smallest upright ones, with the actor's heading, that hold the actor's own b
 import numpy as np
 from numpy.typing import NDArray
 
+from simipu3d.benchmark.synthetic_waymo.projection import image_places
+from simipu3d.benchmark.synthetic_waymo.rig import CameraMount, Ride
+from simipu3d.benchmark.synthetic_waymo.sweep import ReturnTruth
 from simipu3d.contracts.frame import Boxes
 from simipu3d.data.drive_world.layout import Actor
 from simipu3d.data.drive_world.scene import Scene
-from simipu3d.data.drive_world.waymo_projection import image_places
-from simipu3d.data.drive_world.waymo_rig import CameraMount, Ride
-from simipu3d.data.drive_world.waymo_sweep import ReturnTruth
 from simipu3d.geometry.boxes import BOX_EDGES, box_corners, points_in_boxes
 
 _NAMES = {"Car": "VEHICLE", "Van": "VEHICLE", "Pedestrian": "PEDESTRIAN", "Cyclist": "CYCLIST"}

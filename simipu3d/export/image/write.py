@@ -15,14 +15,12 @@ from torch import Tensor
 from simipu3d.compat import import_timm, import_torchvision
 from simipu3d.encoders.image import ImageEncoder, build_trunk
 from simipu3d.encoders.image_levels import is_timm
-from simipu3d.encoders.image_weights import some_names
 from simipu3d.errors import UserError
-from simipu3d.export import convert, verify
 from simipu3d.export.checkpoint import load_run_checkpoint, rebuild_image_encoder, without_dilation
 from simipu3d.export.files import ExportReport, check_out, common_facts, write_checked
-from simipu3d.export.metadata import describe_image_export, tensor_hash
-from simipu3d.export.swin import SWIN_TARGETS, check_swin, convert_swin, is_swin, prepare_swin
-from simipu3d.export.targets import (
+from simipu3d.export.image import convert, verify
+from simipu3d.export.image.swin import SWIN_TARGETS, check_swin, convert_swin, is_swin, prepare_swin
+from simipu3d.export.image.targets import (
     DEEPLAB_NAMES,
     TARGETS,
     TORCHVISION_NAMES,
@@ -31,6 +29,8 @@ from simipu3d.export.targets import (
     is_deeplab_place,
     timm_extra_args,
 )
+from simipu3d.export.metadata import describe_image_export, tensor_hash
+from simipu3d.weights.files import some_names
 
 
 def export_image(

@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from simipu3d.data.drive_world.waymo_drive import WaymoTruth
-from simipu3d.data.drive_world.waymo_record import moment_to_record
+from simipu3d.benchmark.synthetic_waymo.drive import WaymoTruth
+from simipu3d.benchmark.synthetic_waymo.record import moment_to_record
 from simipu3d.data.readers.tfrecord import write_records
 from simipu3d.data.readers.waymo_moment import CAMERA_NAMES, LASER_NAMES, OBJECT_NAMES, WaymoMoment
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from simipu3d.compat import import_timm, import_torchvision
 from simipu3d.encoders.image import ImageEncoder
 from simipu3d.encoders.image_levels import forward_levels
-from simipu3d.encoders.image_weights import some_names
 from simipu3d.errors import UserError
+from simipu3d.weights.files import some_names
 
 TOLERANCE = 1e-4
 """Largest difference allowed, relative to a map's largest value; 3e-6 was measured for ResNet-50."""

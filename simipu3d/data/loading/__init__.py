@@ -1,0 +1,1 @@
+"""How do frames become batches? Augmentation, collation, order and the loader."""

@@ -1,0 +1,1 @@
+"""The image branch in the files of other packages."""

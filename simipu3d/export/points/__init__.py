@@ -1,0 +1,1 @@
+"""The point branch in the files of other packages."""
