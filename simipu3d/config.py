@@ -9,10 +9,10 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PlainValidator, SerializeAsAny, ValidationError
 
 from simipu3d.errors import UserError
 from simipu3d.registry import Registry
@@ -280,6 +280,26 @@ def parse_part(prefix: str, registry: Registry, block: Any) -> PartConfig:
     except UserError as error:
         raise UserError(f"{prefix}.name: {error}") from error
     return parse_block(prefix, entry.config, block)
+
+
+class Chosen(NamedTuple):
+    """Marks a field whose block chooses a registered part by its `name`."""
+
+    registry: Registry
+
+
+def part_field(prefix: str, registry: Registry) -> Any:
+    """The annotation of a field whose block chooses a part, like `point_encoder: part_field("point_encoder", POINT_ENCODERS)`.
+
+    Args:
+        prefix: name of the block in the file, for error messages.
+        registry: where the part is looked up; its own model validates the block.
+    """
+
+    def parse(block: Any) -> PartConfig:
+        return block if isinstance(block, PartConfig) else parse_part(prefix, registry, block)
+
+    return Annotated[PartConfig, PlainValidator(parse), SerializeAsAny(), Chosen(registry)]
 
 
 def check_top_level(raw: dict[str, Any], known: list[str], source: str) -> None:

@@ -38,19 +38,24 @@ class Registry:
     def register(self, name: str, *, config: type[BaseModel] | None = None) -> Callable[[T], T]:
         """Decorator that files a class under a name.
 
+        Args:
+            name: what a configuration calls it.
+            config: the model of its block; None takes the class's own attribute `Config`, where it has one.
+
         Raises:
             ValueError: the name is taken, or the configuration model is missing (or there, where none is read).
         """
-        if self.has_keys != (isinstance(config, type) and issubclass(config, BaseModel)):
-            wanted = "needs config=, a class derived from PartConfig" if self.has_keys else "has no config="
-            raise ValueError(f"the {self.kind} {name!r} {wanted}")
 
         def add(target: T) -> T:
+            model = getattr(target, "Config", None) if config is None else config
+            if self.has_keys != (isinstance(model, type) and issubclass(model, BaseModel)):
+                wanted = "needs config=, a class derived from PartConfig" if self.has_keys else "has no config="
+                raise ValueError(f"the {self.kind} {name!r} {wanted}")
             if name in self._entries:
                 raise ValueError(
                     f"the {self.kind} {name!r} is registered twice: {self._entries[name].target} and {target}"
                 )
-            self._entries[name] = Entry(target, config)
+            self._entries[name] = Entry(target, model)
             return target
 
         return add
@@ -69,7 +74,7 @@ POINT_ENCODERS = Registry("point encoder")
 """Entries are `nn.Module` classes called as `cls(config, point_columns=...)`; contract in `contracts/tokens.py`."""
 
 READERS = Registry("data set")
-"""Entries are classes called as `cls(config)`; contract: `FrameReader` in `contracts/frame.py`."""
+"""Entries are classes called as `cls(config, wants)`; contract: `FrameReader` in `contracts/frame.py`."""
 
 IMAGE_BACKBONES = Registry("image backbone")
 """Image backbones that are no timm models. Entries are `nn.Module` classes called as `cls(config)`, where the config
@@ -79,7 +84,7 @@ ASSIGNMENTS = Registry("assignment", has_keys=False)
 """Entries are functions called as `fn(xyz_a, xyz_b, source_a, source_b)`; contract in `matching/assignment.py`."""
 
 METHODS = Registry("method")
-"""Entries are `nn.Module` classes; contract in `methods/__init__.py`."""
+"""Entries are classes called as `cls(config, data)`; contract: `Method` in `contracts/method.py`."""
 
 OPTIMIZERS = Registry("optimizer")
 """Entries build a `torch.optim.Optimizer` from parameter groups."""

@@ -1,4 +1,4 @@
-"""What does a training step get? Two augmented point views and one augmented view of every image, with their matrices.
+"""What does a training step get? The point views, image views and truth that its method needs, with their matrices.
 
 Ragged data is concatenated; `batch_index` says which frame of the batch a row belongs to. Shapes: B frames, N points
 of a view in the whole batch, I images in the whole batch.
@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from simipu3d.contracts.truth import Truth
 
 T = TypeVar("T")
 
@@ -88,15 +90,18 @@ class Batch:
     """B frames, ready for a method.
 
     Attributes:
-        views: the two point views.
-        images: all images, or an ImageView with I = 0.
+        views: the point views: none, one or two.
+        images: the image views: none, one or two; every one holds all images of the batch in the same order. A data set
+            or frame without cameras has I = 0.
         frame_ids: B names.
+        truth: the ground truth that the method asked for; None where it asked for none.
         bad_frames: one message for every frame that could not be read and was replaced by another.
     """
 
-    views: tuple[PointView, PointView]
-    images: ImageView
+    views: tuple[PointView, ...]
+    images: tuple[ImageView, ...]
     frame_ids: tuple[str, ...]
+    truth: Truth | None = None
     bad_frames: tuple[str, ...] = ()
 
     @property

@@ -5,9 +5,9 @@ metres. Pixels are (u, v) with integer centres: (0, 0) is the centre of the top-
 [-0.5, W - 0.5). A transform is called `target_from_source`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,11 +56,18 @@ class Boxes:
         size: (K, 3) length, width, height, metres.
         yaw: (K,) radians, counter-clockwise from +x.
         names: K class names in the data set's own spelling.
-        velocity: (K, 2) metres a second, or None.
+        velocity: (K, 2) metres a second, NaN where unknown; or None.
         attributes: K strings, or None.
         num_points: (K,) lidar points inside, or None.
         difficulty: (K,) int in the data set's own meaning, or None.
-        image_box: (K, 4) u_min, v_min, u_max, v_max in the first camera, pixels, or None.
+        visibility: (K,) int level in the data set's own meaning (nuScenes 1 to 4), 0 where unknown; or None.
+        ids: K names of the objects, the same in every frame of a sequence; or None.
+        truncation: (K,) 0 to 1, KITTI's; or None.
+        occlusion: (K,) int, KITTI's level; or None.
+        alpha: (K,) radians, KITTI's observation angle; or None.
+        image_boxes: camera's name -> (K, 4) u_min, v_min, u_max, v_max, pixels with integer centres, NaN where the
+            camera has none; None where the data set has no 2D boxes.
+        ignored: camera's name -> (D, 4) regions in which nothing counts (KITTI's DontCare), or None.
     """
 
     center: NDArray[np.float64]
@@ -71,7 +78,13 @@ class Boxes:
     attributes: Sequence[str] | None = None
     num_points: NDArray[np.int64] | None = None
     difficulty: NDArray[np.int64] | None = None
-    image_box: NDArray[np.float64] | None = None
+    visibility: NDArray[np.int64] | None = None
+    ids: Sequence[str] | None = None
+    truncation: NDArray[np.float64] | None = None
+    occlusion: NDArray[np.int64] | None = None
+    alpha: NDArray[np.float64] | None = None
+    image_boxes: Mapping[str, NDArray[np.float64]] | None = None
+    ignored: Mapping[str, NDArray[np.float64]] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -108,28 +121,65 @@ class Frame:
     point_instance: NDArray[np.int32] | None = None
 
 
-class FrameReader(Protocol):
-    """A data set: a length, and a Frame for every index below it; `BadFrameError` for one that cannot be read.
+TruthKind = Literal["boxes", "depth", "pixel_class", "pixel_instance", "point_class", "point_instance"]
+"""The kinds of ground truth that a method can ask for. `depth` can also be made of the projected points."""
 
-    Two methods may be left out, for what every data set can bear:
 
-    - `epoch_order(seed, epoch)`: (len,) int64, the indices of an epoch in the order they are read, a function of its
-      arguments alone. Without it: a permutation of all (`data.order.epoch_order`). An order that names a frame again
-      adds len to its index, so that no draw is made twice; `reader[index + len]` is then the frame `index`.
-    - `augment_of(index)`: the `AugmentConfig` of a frame. Without it: `data.augment`.
+@dataclass(frozen=True)
+class Wants:
+    """What a reader is asked for; it opens no file for anything else.
+
+    Attributes:
+        points, images: are they needed?
+        truth: kinds of ground truth.
     """
 
-    class_names: tuple[str, ...]
+    points: bool = True
+    images: bool = True
+    truth: frozenset[TruthKind] = frozenset()
+
+
+EVERYTHING = Wants(truth=frozenset(get_args(TruthKind)))
+"""What looking at a data set asks for."""
+
+
+class FrameReader:
+    """Base class of all data sets: a length, and a Frame for every index below it; `BadFrameError` for one that cannot
+    be read. Built as `cls(config, wants)`.
+
+    What is not wanted is left out: `Frame.points` has no rows, `Frame.cameras` is empty, truth is None. A reader that can
+    never give a kind of truth leaves it out of `gives`.
+    """
+
+    class_names: tuple[str, ...] = ()
     """What `pixel_class` and `point_class` index; empty without such ground truth."""
-    point_columns: tuple[str, ...]
+    point_columns: tuple[str, ...] = ("x", "y", "z", "intensity")
     """The columns that every frame's points have."""
+    gives: frozenset[TruthKind] = frozenset()
+    """The kinds of ground truth that this data set has in the opened split."""
+    frame_ids: Sequence[str] = ()
+    """Names of the frames, where they are known without reading them."""
+    wants: Wants = EVERYTHING
+    """What it was asked for."""
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        raise TypeError(f"{type(self).__name__} has no __len__")
 
-    def __getitem__(self, index: int) -> Frame: ...
+    def __getitem__(self, index: int) -> Frame:
+        raise TypeError(f"{type(self).__name__} has no __getitem__")
 
     def prepare(self) -> None:
         """What is done once before frames are read, by one process: making a cache, say."""
+
+    def epoch_order(self, seed: int, epoch: int) -> NDArray[np.int64] | None:
+        """(len,) int64, the indices of an epoch in the order they are read, a function of its arguments alone; None: a
+        permutation of all (`data.loading.order.epoch_order`). An order that names a frame again adds len to its index, so
+        that no draw is made twice; `reader[index + len]` is then the frame `index`."""
+        return None
+
+    def augment_of(self, index: int) -> dict[str, Any]:
+        """Keys of `augment:` that are different for this frame, nested as in the file; {} where none is."""
+        return {}
 
 
 def check_points(points: NDArray[np.float32], source: str) -> None:

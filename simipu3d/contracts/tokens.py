@@ -4,7 +4,7 @@ Shapes: M tokens of a view in the whole batch, C channels, I images.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -35,6 +35,30 @@ class PointEncoder(Protocol):
     out_channels: int
 
     def __call__(self, view: PointView) -> PointTokens: ...
+
+
+@dataclass(frozen=True, eq=False)
+class BevMap:
+    """What a point encoder makes of a view as a map seen from above.
+
+    Attributes:
+        features: (B, C, Y, X), rows along y, columns along x.
+        origin: (x, y) of the centre of cell (0, 0), metres, in the (augmented) frame of the view.
+        cell: edge of a cell along (x, y), metres.
+    """
+
+    features: Tensor
+    origin: tuple[float, float]
+    cell: tuple[float, float]
+
+
+@runtime_checkable
+class BevEncoder(Protocol):
+    """A point encoder that can also make a map: voxel backbones, pillars."""
+
+    bev_channels: int
+
+    def bev(self, view: PointView) -> BevMap: ...
 
 
 @dataclass(frozen=True, eq=False)
