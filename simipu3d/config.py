@@ -302,6 +302,12 @@ def part_field(prefix: str, registry: Registry) -> Any:
     return Annotated[PartConfig, PlainValidator(parse), SerializeAsAny(), Chosen(registry)]
 
 
+def chosen_parts(model: type[BaseModel]) -> dict[str, Registry]:
+    """The fields of a model that choose a registered part, with the registry."""
+    marks = {name: [m for m in field.metadata if isinstance(m, Chosen)] for name, field in model.model_fields.items()}
+    return {name: found[0].registry for name, found in marks.items() if found}
+
+
 def check_top_level(raw: dict[str, Any], known: list[str], source: str) -> None:
     """Refuse a top-level key that no part reads."""
     for key in raw:

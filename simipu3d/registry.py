@@ -65,6 +65,10 @@ class Registry:
             raise UserError(f"no {self.kind} is called {name!r}; there are {', '.join(self.names())}")
         return self._entries[name]
 
+    def of(self, config: BaseModel) -> Entry:
+        """The entry that a validated block's `name` chose."""
+        return self[str(getattr(config, "name", ""))]
+
     def names(self) -> list[str]:
         """All registered names, sorted."""
         return sorted(self._entries)

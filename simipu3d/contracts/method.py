@@ -103,10 +103,10 @@ class Method(nn.Module):
         for problem in _missing(cls):
             raise TypeError(f"the method {cls.__name__} {problem}; contract: simipu3d.contracts.method.Method")
 
-    @property
-    def needs(self) -> Needs:
-        """What this instance needs; a method whose configuration switches a branch off may need less than `NEEDS`."""
-        return self.NEEDS
+    @classmethod
+    def needs_of(cls, config: Any) -> Needs:
+        """What is needed with this configuration: `NEEDS`, or less where it switches a branch off."""
+        return cls.NEEDS
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Named scalars. `loss` is what is minimised; `<task>_loss`, `<task>_ceiling` (what a network that knows nothing
@@ -128,6 +128,10 @@ class Method(nn.Module):
     def predict(self, batch: Batch) -> list[dict[str, Any]]:
         """One plain record (arrays, numbers, texts) a frame, for metrics and submission files; [] where there is none."""
         return []
+
+    def score(self, records: list[dict[str, Any]]) -> dict[str, float]:
+        """Named numbers from the records of all frames that were predicted: a benchmark's metrics. {} where there is none."""
+        return {}
 
     def before_step(self, step: int, num_steps: int) -> None:
         """Called before every training batch, with the number of finished optimizer steps and of the whole run."""

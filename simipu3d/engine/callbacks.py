@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
 from torch import Tensor
 
 from simipu3d.contracts.batch import Batch
+from simipu3d.contracts.method import Method, Picture
 from simipu3d.engine.run import RunDirectory
 from simipu3d.errors import UserError
 from simipu3d.pictures import save_png
@@ -67,19 +69,32 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def average_over_processes(names: list[str], values: Tensor) -> Tensor:
-    """(n,) from (processes, n): what is a mean over rows is weighted by each process's rows, a maximum stays one."""
-    column = {name: index for index, name in enumerate(names)}
-    result = values.mean(dim=0)
-    for name, index in column.items():
-        task, _, what = name.partition("_")
-        rows = column.get(f"{task}_rows")
-        if what in ("loss", "ceiling", "top1") and rows is not None:
-            weights = values[:, rows]
-            result[index] = (values[:, index] * weights).sum() / weights.sum().clamp(min=1)
+def average(parts: Sequence[tuple[Mapping[str, float], int]]) -> dict[str, float]:
+    """One number a name from several batches or processes.
+
+    Args:
+        parts: each one's numbers and its frames. What is a mean over rows (`<task>_loss`, `_ceiling`, `_top1`) is weighted
+            by `<task>_rows`, a name that ends in `_max` stays a maximum, all others are weighted by frames.
+    """
+    result = {}
+    for name in dict.fromkeys(name for metrics, _ in parts for name in metrics):
+        own = [(metrics, frames) for metrics, frames in parts if name in metrics]
+        values = torch.tensor([metrics[name] for metrics, _ in own], dtype=torch.float32)
+        task, _, what = name.rpartition("_")
         if name.endswith("_max"):
-            result[index] = values[:, index].max()
+            result[name] = float(values.max())
+        elif what in ("loss", "ceiling", "top1") and f"{task}_rows" in own[0][0]:
+            result[name] = _weighted(values, [metrics[f"{task}_rows"] for metrics, _ in own])
+        elif len({frames for _, frames in own}) == 1:
+            result[name] = float(values.mean())
+        else:
+            result[name] = _weighted(values, [frames for _, frames in own])
     return result
+
+
+def _weighted(values: Tensor, weights: Sequence[float]) -> float:
+    own = torch.tensor(weights, dtype=torch.float32)
+    return float((values * own).sum() / own.sum().clamp(min=1))
 
 
 class Metrics(Callback):
@@ -112,11 +127,13 @@ class Metrics(Callback):
         if step == self._last_step or (step % trainer.log_every_n_steps and step != trainer.estimated_stepping_batches):
             return
         names = list(outputs["metrics"])
-        values = torch.stack([outputs["metrics"][name].detach().float() for name in names])
-        values = average_over_processes(names, trainer.strategy.all_gather(values).reshape(-1, len(names)))
+        frames = torch.tensor([float(batch.num_frames)], device=pl_module.device)
+        values = torch.cat([torch.stack([outputs["metrics"][name].detach().float() for name in names]), frames])
+        each = trainer.strategy.all_gather(values).reshape(-1, len(names) + 1).tolist()
+        averaged = average([(dict(zip(names, own, strict=False)), int(own[-1])) for own in each])
         elapsed = time.perf_counter() - self._since
         row: dict[str, Any] = {"epoch": trainer.current_epoch, "step": step}
-        row |= dict(zip(names, values.tolist(), strict=True))
+        row |= averaged
         row |= {"samples_per_second": self._frames / elapsed, "peak_memory_gb": peak_memory_gb()}
         row |= self._rates
         self._last_step, self._frames, self._since = step, 0, time.perf_counter()
@@ -126,16 +143,41 @@ class Metrics(Callback):
             if not sys.stderr.isatty():
                 log.info("%s", self._line(row, trainer))
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or self.file is None:
+            return
+        held_out = {f"val_{name}": value for name, value in pl_module.held_out.items()}
+        self.file.append({"epoch": trainer.current_epoch, "step": trainer.global_step, **held_out})
+        trainer.logger.log_metrics(held_out, step=trainer.global_step)
+        where = f"step {trainer.global_step}/{trainer.estimated_stepping_batches}"
+        log.info("%s", "  ".join([where, "held out:", *readable(pl_module.held_out)]))
+
     @staticmethod
     def _line(row: dict[str, Any], trainer: Trainer) -> str:
         """One readable line where there is no progress bar."""
-        parts = [f"step {row['step']}/{trainer.estimated_stepping_batches}"]
-        for name in ("intra", "inter"):
-            if f"{name}_loss" in row:
-                loss, ceiling, top1 = (row[f"{name}_{what}"] for what in ("loss", "ceiling", "top1"))
-                parts.append(f"{name} {loss:.3f} of {ceiling:.2f} (top-1 {top1:.1%})")
-        parts.append(f"{row['samples_per_second']:.1f} frames/s")
-        return "  ".join(parts)
+        where = f"step {row['step']}/{trainer.estimated_stepping_batches}"
+        return "  ".join([where, *readable(row), f"{row['samples_per_second']:.1f} frames/s"])
+
+
+def readable(metrics: Mapping[str, float]) -> list[str]:
+    """Every `<task>_loss` with its ceiling and top-1 where there are such, in words; the sum alone where there is no task,
+    and whatever a benchmark's score says."""
+    parts = []
+    for name, loss in metrics.items():
+        task = name.removesuffix("_loss")
+        if task == name:
+            continue
+        ceiling, top1 = metrics.get(f"{task}_ceiling"), metrics.get(f"{task}_top1")
+        parts.append(
+            f"{task} {loss:.3f}"
+            + ("" if ceiling is None else f" of {ceiling:.2f}")
+            + ("" if top1 is None else f" (top-1 {top1:.1%})")
+        )
+    if not parts and "loss" in metrics:
+        parts.append(f"loss {metrics['loss']:.3f}")
+    return parts + [
+        f"{name.removeprefix('score_')} {metrics[name]:.3f}" for name in metrics if name.startswith("score_")
+    ]
 
 
 class FiniteLoss(Callback):
@@ -165,7 +207,8 @@ class FiniteLoss(Callback):
 
 
 class Checkpoints(Checkpoint):
-    """checkpoints/last.ckpt every few steps and at the end; one of every few epochs is kept.
+    """checkpoints/last.ckpt every few steps and at the end; one of every few epochs is kept, and the best one by a held-out
+    number.
 
     Args:
         run: the run's folder.
@@ -193,6 +236,11 @@ class Checkpoints(Checkpoint):
         if step % self.every_steps == 0 or step >= trainer.estimated_stepping_batches:
             trainer.save_checkpoint(self.run.last)
             self._saved = step
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or not pl_module.improves():
+            return
+        trainer.save_checkpoint(self.run.best)
 
 
 class Progress(RichProgressBar):
@@ -228,6 +276,17 @@ class Pictures(Callback):
         if not due or step == self._drawn or not trainer.is_global_zero:
             return
         self._drawn = step
-        for name, picture in pl_module.method.pictures(batch).items():
+        for name, picture in pictures_of(pl_module.method, batch).items():
             save_png(self.run.pictures / f"step_{step:06d}_{name}.png", picture)
             trainer.logger.experiment.add_image(name, picture, step, dataformats="HWC")
+
+
+@torch.no_grad()
+def pictures_of(method: Method, batch: Batch) -> dict[str, Picture]:
+    """A method's pictures of a batch; leaves its mode, weights and statistics as they are."""
+    was_training = method.training
+    method.eval()
+    try:
+        return method.pictures(batch)
+    finally:
+        method.train(was_training)

@@ -1,21 +1,23 @@
 """Which optimizer moves which branch, and how do learning rates change?
 
-The branches (points, image, heads) may have different optimizers. They are one `torch.optim.Optimizer` to Lightning, so
+The branches that a method names may have different optimizers. They are one `torch.optim.Optimizer` to Lightning, so
 that steps, clipping, accumulation, mixed precision and schedulers keep their meaning.
 """
 
 import logging
 import math
-from collections.abc import Callable, Iterable
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn as nn
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, MultiStepLR
 
-from simipu3d.config import PartConfig, parse_part
+from simipu3d.config import PartConfig, parse_block, parse_part, to_plain
+from simipu3d.contracts.method import Method
 from simipu3d.errors import UserError
 from simipu3d.registry import OPTIMIZERS, SCHEDULES
 
@@ -24,7 +26,20 @@ log = logging.getLogger(__name__)
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class AdamWConfig(PartConfig):
+class OptimizerConfig(PartConfig):
+    """What every optimizer's block has."""
+
+    name: str
+    """Which optimizer."""
+    lr: PositiveFloat
+    """Learning rate before the schedule."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Weight decay. Default: none."""
+    decay_norm_and_bias: bool = False
+    """Decay BatchNorm parameters and biases too (the released code does)."""
+
+
+class AdamWConfig(OptimizerConfig):
     """AdamW (arXiv:1711.05101)."""
 
     name: str = "adamw"
@@ -35,11 +50,9 @@ class AdamWConfig(PartConfig):
     """Decay of the running means (SimIPU's point encoder)."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay (SimIPU's point encoder)."""
-    decay_norm_and_bias: bool = False
-    """Decay BatchNorm parameters and biases too (the released code does)."""
 
 
-class SGDConfig(PartConfig):
+class SGDConfig(OptimizerConfig):
     """Stochastic gradient descent with momentum."""
 
     name: str = "sgd"
@@ -50,8 +63,6 @@ class SGDConfig(PartConfig):
     """Momentum (SimIPU)."""
     weight_decay: NonNegativeFloat = 1e-4
     """L2 decay (SimIPU)."""
-    decay_norm_and_bias: bool = False
-    """Decay BatchNorm parameters and biases too (the released code does)."""
 
 
 @OPTIMIZERS.register("adamw", config=AdamWConfig)
@@ -66,30 +77,64 @@ def sgd(groups: list[dict], config: SGDConfig) -> Optimizer:
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
 
 
-class OptimConfig(PartConfig):
-    """The `optim:` block: one optimizer a branch."""
+class ScaleConfig(PartConfig):
+    """The keys of the `optim:` block that stand beside the branches."""
 
-    points: SerializeAsAny[PartConfig] = AdamWConfig()
-    """The point encoder's."""
-    image: SerializeAsAny[PartConfig] = SGDConfig()
-    """The image encoder's."""
-    heads: SerializeAsAny[PartConfig] = SGDConfig()
-    """The projection heads'."""
+    scale_lr: Literal["none", "linear", "sqrt"] = "none"
+    """How learning rates follow the frames of a step (batch_size x processes x accumulated batches): not at all, in
+    proportion (arXiv:1706.02677), or by the square root (arXiv:1404.5997)."""
+    reference_batch: PositiveInt = 32
+    """Frames a step that the learning rates in the file are meant for, with scale_lr. Default: 8 processes x 4 (SimIPU)."""
 
 
-def parse_optim(block: Any) -> OptimConfig:
-    """The `optim:` block; a branch, or the `name` of one, that is left out keeps its default."""
+@dataclass(frozen=True)
+class OptimSettings:
+    """The `optim:` block: a rule for batch sizes, and one optimizer a branch."""
+
+    scale: ScaleConfig
+    branches: dict[str, OptimizerConfig]
+
+    def to_plain(self) -> dict[str, Any]:
+        """Plain YAML values, every default filled in."""
+        return {**to_plain(self.scale), **{branch: to_plain(own) for branch, own in self.branches.items()}}
+
+    def lr_factor(self, frames: int) -> float:
+        """What learning rates are multiplied by when a step sees so many frames."""
+        ratio = frames / self.scale.reference_batch
+        return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[self.scale.scale_lr]
+
+
+def parse_optim(block: Any, defaults: Mapping[str, Mapping[str, Any]]) -> OptimSettings:
+    """The `optim:` block.
+
+    Args:
+        block: what the file holds; a branch, or the `name` of one, that is left out keeps its default.
+        defaults: `Method.OPTIM`, the default blocks by branch. Which branches a method has is known when it is built; see
+            `check_branches`.
+    """
     if block is not None and not isinstance(block, dict):
         raise UserError(f"optim: expected a block of keys, got {block!r}")
-    for branch in block or {}:
-        if branch not in OptimConfig.model_fields:
-            raise UserError(f"optim.{branch}: no such key; there are {', '.join(OptimConfig.model_fields)}")
-    parts = {}
-    for branch, own in (block or {}).items():
+    block = dict(block or {})
+    scale = parse_block("optim", ScaleConfig, {k: block.pop(k) for k in ScaleConfig.model_fields if k in block})
+    parts: dict[str, Any] = {b: parse_part(f"optim.{b}", OPTIMIZERS, dict(own)) for b, own in defaults.items()}
+    for branch, own in block.items():
         if isinstance(own, dict):
-            own = {"name": OptimConfig.model_fields[branch].default.name, **own}
+            own = {"name": default_optimizer(branch, defaults), **own}
         parts[branch] = parse_part(f"optim.{branch}", OPTIMIZERS, own)
-    return OptimConfig(**parts)
+    return OptimSettings(scale, parts)
+
+
+def default_optimizer(branch: str, defaults: Mapping[str, Mapping[str, Any]]) -> str:
+    """The name of a branch's optimizer where a configuration says none."""
+    return str(defaults.get(branch, {}).get("name", AdamWConfig().name))
+
+
+def check_branches(method: Method, settings: OptimSettings) -> None:
+    """Raise `UserError` when `optim:` names a branch that the method has not."""
+    known = [*dict.fromkeys([*method.branches(), *method.OPTIM])]
+    for branch in settings.branches:
+        if branch not in known:
+            raise UserError(f"optim.{branch}: the method has no such branch; there are {', '.join(known)}")
 
 
 class CompositeOptimizer(Optimizer):
@@ -132,34 +177,39 @@ class CompositeOptimizer(Optimizer):
         self._share()
 
 
-def _groups(modules: Iterable[nn.Module], config: PartConfig) -> list[dict]:
+def _groups(module: nn.Module, config: OptimizerConfig, lr_factor: float) -> list[dict]:
     """Trainable parameters in up to two groups: with the configured weight decay, and without any."""
-    named = [pair for module in modules for pair in module.named_parameters() if pair[1].requires_grad]
+    named = [pair for pair in module.named_parameters() if pair[1].requires_grad]
     # Norm weights and biases are the parameters with a single axis.
     exempt = [p for _, p in named if p.ndim <= 1 and not config.decay_norm_and_bias]
     exempt_ids = {id(parameter) for parameter in exempt}
     decayed = [parameter for _, parameter in named if id(parameter) not in exempt_ids]
     groups = [(decayed, config.weight_decay), (exempt, 0.0)]
-    return [{"params": params, "weight_decay": decay, "lr": config.lr} for params, decay in groups if params]
+    lr = config.lr * lr_factor
+    return [{"params": params, "weight_decay": decay, "lr": lr} for params, decay in groups if params]
 
 
-def build_optimizer(branches: dict[str, nn.Module], config: OptimConfig) -> CompositeOptimizer:
+def build_optimizer(
+    branches: Mapping[str, nn.Module], settings: OptimSettings, frames: int | None = None
+) -> CompositeOptimizer:
     """One optimizer for all branches; parameters that do not require a gradient are not handed over.
 
     Args:
         branches: modules by the name of their block in `optim:`.
-        config: the validated block.
+        settings: optimizers by branch; one that is not named has AdamW with its defaults.
+        frames: of a step, for `optim.scale_lr`; None leaves the learning rates as they are.
     """
     optimizers = []
+    factor = 1.0 if frames is None else settings.lr_factor(frames)
     for branch, module in branches.items():
-        own = getattr(config, branch)
-        groups = _groups([module], own)
+        own = settings.branches.get(branch, AdamWConfig())
+        groups = _groups(module, own, factor)
         for group in groups:
             group["branch"] = branch
         if groups:
-            optimizers.append(OPTIMIZERS[own.name].target(groups, own))
+            optimizers.append(OPTIMIZERS.of(own).target(groups, own))
     if not optimizers:
-        raise UserError("nothing is left to train: every parameter is frozen; lower image_encoder.frozen_stages")
+        raise UserError("nothing is left to train: every parameter of the method is frozen; look at its frozen_stages")
     return CompositeOptimizer(optimizers)
 
 

@@ -1,3 +1,6 @@
 """Who fills the registries? Importing this module registers every part of the package; plugins add theirs."""
 
-__all__: list[str] = []
+from simipu3d import data, encoders, methods
+from simipu3d.matching import assignment
+
+__all__ = ["assignment", "data", "encoders", "methods"]

@@ -1,34 +1,36 @@
-"""How does a configuration become a pre-training run?
+"""How does a configuration become a run?
 
 The way: `tools/pretrain.py` -> here -> `methods/simipu.py` -> `contrast/info_nce.py`.
 """
 
 import logging
 import os
-import random
 import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 
-import simipu3d
-from simipu3d.contracts.batch import Batch
 from simipu3d.contracts.frame import FrameReader
-from simipu3d.data.loading.loader import BadFrameLimit, build_reader, check_enough_frames, make_loader
+from simipu3d.contracts.method import DataInfo, Method
+from simipu3d.data.loading.loader import (
+    build_reader,
+    check_enough_frames,
+    check_gives,
+    wants_of,
+)
 from simipu3d.engine.callbacks import Checkpoints, FiniteLoss, Metrics, Pictures, Progress
 from simipu3d.engine.init_weights import load_weights
-from simipu3d.engine.optim import build_optimizer
-from simipu3d.engine.run import AtomicCheckpointIO, RunDirectory, default_out, git_commit, read_checkpoint, write_whole
-from simipu3d.engine.settings import PretrainConfig, TrainerConfig, load_pretrain_config
+from simipu3d.engine.module import TrainingModule
+from simipu3d.engine.optim import check_branches
+from simipu3d.engine.run import AtomicCheckpointIO, RunDirectory, default_out, read_checkpoint, write_whole
+from simipu3d.engine.settings import Settings, TrainerConfig, load_settings
 from simipu3d.errors import UserError
-from simipu3d.registry import METHODS, SCHEDULES
+from simipu3d.registry import METHODS
 
 log = logging.getLogger(__name__)
 
@@ -36,138 +38,19 @@ OUT_VARIABLE = "SIMIPU3D_RUN_OUT"
 """Tells the processes that Lightning starts for DDP which folder the first one chose."""
 
 
-class PretrainModule(pl.LightningModule):
-    """A method inside Lightning: steps, optimizers, seeds, and what a checkpoint remembers.
+def build_method(settings: Settings, data: DataInfo) -> Method:
+    """The method with weights drawn from the configuration's seed.
 
-    Args:
-        config: of the run.
-        method: the module to train.
-        reader: the data set.
-        limit: counts bad frames.
+    Raises:
+        UserError: a part cannot be built, or `optim:` names a branch that the method has not.
     """
-
-    def __init__(self, config: PretrainConfig, method: torch.nn.Module, reader: FrameReader, limit: BadFrameLimit):
-        super().__init__()
-        self.config = config
-        self.method = method
-        self.reader = reader
-        self.bad_frames = limit
-        self.start = (0, 0)
-        self.init_lines: list[str] | None = None
-        self.commit = git_commit()
-
-    def configure_model(self) -> None:
-        self.method.sync_norms(self.trainer.strategy.root_device.type)
-
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        return batch.to(device)
-
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        self._agree_on_bad_frames(batch)
-        seed_step(self.config.seed, self.global_step, batch_idx, self.global_rank)
-
-    def _agree_on_bad_frames(self, batch: Batch) -> None:
-        """Count the bad frames of all processes in every process, so that all stop with the same line, or none."""
-        found = [(list(batch.bad_frames), batch.num_frames)]
-        if self.trainer.world_size > 1:
-            anything = torch.tensor([float(bool(batch.bad_frames))], device=self.device)
-            if self.trainer.strategy.reduce(anything, reduce_op="sum").item():
-                found = [None] * self.trainer.world_size
-                torch.distributed.all_gather_object(found, (list(batch.bad_frames), batch.num_frames))
-        self.bad_frames.add([message for messages, _ in found for message in messages])
-        if any(num_frames < self.config.data.batch_size for _, num_frames in found):
-            raise UserError(
-                f"data.on_bad_frame: too few usable frames are left for batches of {self.config.data.batch_size} in one "
-                "process; lower data.batch_size, use fewer processes, or mend the frames"
-            )
-
-    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        metrics = self.method(batch)
-        for name in ("intra_loss", "inter_loss"):
-            if name in metrics:
-                self.log(name, metrics[name].detach(), prog_bar=True, logger=False, batch_size=batch.num_frames)
-        return {"loss": metrics["loss"], "metrics": metrics}
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = build_optimizer(self.method.branches(), self.config.optim)
-        num_steps = int(self.trainer.estimated_stepping_batches)
-        entry = SCHEDULES[self.config.schedule.name]
-        scheduler, interval = entry.target(optimizer, self.config.schedule, num_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
-
-    def train_dataloader(self) -> torch.utils.data.DataLoader:
-        rank, world_size = self.trainer.global_rank, self.trainer.world_size
-        loader = make_loader(self.config.data, self.config.seed, rank, world_size, self.reader)
-        loader.batch_sampler.start(*self.start)
-        return loader
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
-        epoch = self.trainer.current_epoch
-        if batches >= self.trainer.num_training_batches:
-            epoch, batches = epoch + 1, 0
-        commit, dirty = self.commit
-        checkpoint["simipu3d"] = {
-            "version": simipu3d.__version__,
-            "git_commit": commit,
-            "git_dirty": dirty,
-            "num_samples": len(self.reader),
-            "point_columns": list(self.reader.point_columns),
-            "world_size": self.trainer.world_size,
-            "method": self.config.method,
-            "config": self.config.to_plain(),
-            "epoch": self.trainer.current_epoch,
-            "global_step": self.global_step,
-            "position": [epoch, batches],
-            "bad_frames": self.bad_frames.state_dict(),
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        own = checkpoint["simipu3d"]
-        if own["num_samples"] != len(self.reader):
-            raise UserError(
-                f"data.root: holds {len(self.reader)} frames of the split, the run was made with {own['num_samples']}; its place "
-                "in the data cannot be found again; --init starts a new run from its weights"
-            )
-        self.start = (own["position"][0], own["position"][1])
-        if own["world_size"] != self.trainer.world_size and self.start[1]:
-            self.start = self._place_for_other_processes(own, checkpoint["loops"]["fit_loop"])
-        self.bad_frames.load_state_dict(own["bad_frames"])
-
-    def _place_for_other_processes(self, own: dict[str, Any], loop: dict[str, Any]) -> tuple[int, int]:
-        """Where a run of another number of processes goes on: behind the frames that were used, on a whole batch."""
-        epoch, batches = own["position"]
-        each = self.config.data.batch_size
-        full = own["num_samples"] // (each * self.trainer.world_size)
-        batches = min(full, -(-batches * own["world_size"] // self.trainer.world_size))
-        progress = loop["epoch_loop.batch_progress"]
-        progress["current"] = {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}
-        progress["is_last_batch"] = batches == full
-        log.info(
-            "%d processes instead of %d: at batch %d of epoch %d",
-            self.trainer.world_size,
-            own["world_size"],
-            batches,
-            epoch,
-        )
-        return (epoch + 1, 0) if batches == full else (epoch, batches)
+    torch.manual_seed(settings.seed)
+    method = METHODS[settings.method].target(settings.blocks, data)
+    check_branches(method, settings.optim)
+    return method
 
 
-def seed_step(seed: int, step: int, batch: int, rank: int) -> None:
-    """Make every draw of a step a function of (seed, step), its batch and the process; nothing before it matters."""
-    state = np.random.SeedSequence([seed, step, batch, rank]).generate_state(3)
-    torch.manual_seed(int(state[0]))
-    random.seed(int(state[1]))
-    np.random.seed(int(state[2]))  # noqa: NPY002  (third parties may draw from numpy's global state)
-
-
-def build_method(config: PretrainConfig, point_columns: tuple[str, ...]) -> torch.nn.Module:
-    """The method with weights drawn from the configuration's seed."""
-    torch.manual_seed(config.seed)
-    return METHODS[config.method].target(config.blocks, point_columns=point_columns)
-
-
-def check_weights(method: torch.nn.Module, path: Path) -> None:
+def check_weights(method: Method, path: Path) -> None:
     """Raise `UserError` when a run's checkpoint lacks a tensor of the method, or holds one of another shape."""
     state, own = read_checkpoint(path)["state_dict"], method.state_dict()
     wrong = [name for name, value in own.items() if getattr(state.get(f"method.{name}"), "shape", None) != value.shape]
@@ -211,14 +94,16 @@ def _quiet_lightning(first_process: bool) -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def build_trainer(config: PretrainConfig, run: RunDirectory) -> pl.Trainer:
+def build_trainer(settings: Settings, run: RunDirectory) -> pl.Trainer:
     """Lightning's Trainer for a run."""
-    own = config.trainer
+    own = settings.trainer
     callbacks: list[pl.Callback] = [
         FiniteLoss(),
         Metrics(run, resumed=run.checkpoint is not None),
-        Pictures(run, every_steps=config.run.pictures_every_steps),
-        Checkpoints(run, every_steps=config.run.checkpoint_every_steps, keep_every_epochs=config.run.keep_every_epochs),
+        Pictures(run, every_steps=settings.run.pictures_every_steps),
+        Checkpoints(
+            run, every_steps=settings.run.checkpoint_every_steps, keep_every_epochs=settings.run.keep_every_epochs
+        ),
     ]
     if sys.stderr.isatty():
         callbacks.append(Progress())
@@ -234,6 +119,10 @@ def build_trainer(config: PretrainConfig, run: RunDirectory) -> pl.Trainer:
         accumulate_grad_batches=own.accumulate_grad_batches,
         gradient_clip_val=own.gradient_clip_val,
         limit_train_batches=own.limit_train_batches,
+        limit_val_batches=own.limit_val_batches,
+        check_val_every_n_epoch=own.check_val_every_n_epoch,
+        val_check_interval=own.val_check_interval,
+        num_sanity_val_steps=0,
         log_every_n_steps=own.log_every_n_steps,
         deterministic=own.deterministic,
         logger=TensorBoardLogger(
@@ -252,20 +141,40 @@ def build_trainer(config: PretrainConfig, run: RunDirectory) -> pl.Trainer:
     )
 
 
-def build_module(config: PretrainConfig, run: RunDirectory, init: Path | None = None) -> PretrainModule:
-    """Data set and method of a run, with the weights it starts from; `init` counts for a fresh run only."""
-    reader = build_reader(config.data)
-    processes = (1 if config.trainer.devices == "auto" else config.trainer.devices) * config.trainer.num_nodes
-    check_enough_frames(config.data, len(reader), processes)
-    method = build_method(config, reader.point_columns)
+def build_module(settings: Settings, run: RunDirectory, init: Path | None = None) -> TrainingModule:
+    """Data sets and method of a run, with the weights it starts from; `init` counts for a fresh run only."""
+    needs = settings.needs
+    reader = build_reader(settings.data, wants_of(needs))
+    check_gives(reader, needs, settings.data)
+    processes = (1 if settings.trainer.devices == "auto" else settings.trainer.devices) * settings.trainer.num_nodes
+    check_enough_frames(settings.data, len(reader), processes)
+    method = build_method(settings, DataInfo(tuple(reader.point_columns), tuple(reader.class_names)))
+    held_out = None
+    if settings.validate_data is not None:
+        held_out = build_reader(settings.validate_data, wants_of(needs))
+        check_gives(held_out, needs, settings.validate_data)
+        warn_of_overlap(reader, held_out)
     init_lines = None
     if run.checkpoint is not None:
         check_weights(method, run.checkpoint)
     elif init is not None:
         init_lines = load_weights(method, init)
-    module = PretrainModule(config, method, reader, BadFrameLimit(config.data, len(reader)))
+    module = TrainingModule(settings, method, reader, held_out)
     module.init_lines = init_lines
     return module
+
+
+def warn_of_overlap(reader: FrameReader, held_out: FrameReader) -> None:
+    """Say how many held-out frames are trained on, where the data sets name their frames."""
+    both = set(reader.frame_ids) & set(held_out.frame_ids)
+    if both:
+        log.warning(
+            "validate: %d of %d held-out frames are in the training list too (%s, ...), so the held-out numbers are too good; "
+            "choose another validate.data.split",
+            len(both),
+            len(held_out),
+            min(both),
+        )
 
 
 def pretrain(
@@ -295,25 +204,27 @@ def pretrain(
         raise UserError("--init: a resumed run has its weights already; leave out --init or --resume")
     first_process = pl.utilities.rank_zero_only.rank in (0, None)
     _quiet_lightning(first_process)
-    config = load_pretrain_config(cfg, sets)
-    _check_devices(config.trainer)
+    settings = load_settings(cfg, sets)
+    _check_devices(settings.trainer)
     if resume == "" and out is None:
         raise UserError("--resume: say which run with --out DIR, or which checkpoint with --resume FILE")
     if resume and out is None:
         out = Path(resume).resolve().parent.parent
     out = Path(os.environ.get(OUT_VARIABLE) or out or default_out(cfg))
-    run = RunDirectory(out, config.to_plain(), resume if first_process else resume or "")
-    module = build_module(config, run, init)
+    run = RunDirectory(out, settings.to_plain(), resume if first_process else resume or "")
+    module = build_module(settings, run, init)
     if first_process:
         module.reader.prepare()
-        run.create(config.to_plain())
+        if module.held_out_reader is not None:
+            module.held_out_reader.prepare()
+        run.create(settings.to_plain())
         if module.init_lines is not None:
             write_whole(out / "init.txt", "\n".join(module.init_lines) + "\n")
         os.environ[OUT_VARIABLE] = str(out)
     if run.checkpoint is not None:
         log.info("resuming from step %d: %s", run.resumed_step, run.checkpoint)
     try:
-        build_trainer(config, run).fit(module, ckpt_path=run.checkpoint, weights_only=True)
+        build_trainer(settings, run).fit(module, ckpt_path=run.checkpoint, weights_only=True)
     except RuntimeError as error:
         if not re.search(r"DataLoader worker.*(killed|exited)", str(error)):
             raise

@@ -28,10 +28,18 @@ from lightning.fabric.plugins import CheckpointIO
 import simipu3d
 from simipu3d.config import changed_keys, dump_yaml
 from simipu3d.errors import UserError
+from simipu3d.moved_keys import upgrade
 
 log = logging.getLogger(__name__)
 
-RESUMABLE_CHANGES = ("trainer.", "run.", "data.num_workers", "data.root", "image_encoder.gradient_checkpointing")
+RESUMABLE_CHANGES = (
+    "trainer.",
+    "run.",
+    "validate",
+    "data.num_workers",
+    "data.root",
+    "image_encoder.gradient_checkpointing",
+)
 """Keys that may differ between a run and its continuation."""
 
 
@@ -91,6 +99,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: not a checkpoint of simipu3d pretrain; weights of other origin go to --init or image_encoder.pretrained"
         )
+    own["config"] = upgrade(own["config"])
     return checkpoint
 
 
@@ -137,6 +146,11 @@ class RunDirectory:
     def last(self) -> Path:
         """The newest checkpoint."""
         return self.checkpoints / "last.ckpt"
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint with the best held-out number."""
+        return self.checkpoints / "best.ckpt"
 
     def _check_same_run(self, resolved: dict[str, Any]) -> None:
         checkpoint = read_checkpoint(self.checkpoint)

@@ -1,8 +1,6 @@
-"""Pre-training methods: encoders, matching and contrast put together. One file a method.
+"""Pre-training methods: encoders, matching and contrast put together. One file a method; contract: `contracts/method.py`.
 
-A method is an `nn.Module` registered in `METHODS` with its own configuration model. It is built as
-`cls(config, point_columns=...)` from the blocks it names in `BLOCKS` and called with a `Batch`; it returns named losses
-and metrics as scalars, of which `loss` is the one to minimise. `branches()` says which optimizer serves which parameter.
+Importing this package fills the registry `METHODS`.
 """
 
 from simipu3d.methods import simipu

@@ -5,13 +5,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simipu3d.contracts.batch import Batch, PointView
+from simipu3d.contracts.method import Picture
 from simipu3d.contracts.tokens import FeatureMap, PointTokens
 from simipu3d.matching.assignment import TokenPairs
 from simipu3d.matching.projection import PixelPairs
 from simipu3d.pictures import draw_image_matches, draw_matches, enlarge, features_as_colours, fitting_scale, mosaic
 from simipu3d.pictures.canvas import enlarged_pixels
-
-Picture = NDArray[np.uint8]
 
 
 def _array(values: Tensor) -> NDArray:
@@ -42,13 +41,13 @@ def draw_token_pairs(
 
 def view_of_image(batch: Batch, image: int) -> Picture:
     """An augmented image without its padding."""
-    height, width = (int(size) for size in batch.images.image_size[image])
-    return _array(batch.images.images[image, :, :height, :width].permute(1, 2, 0))
+    height, width = (int(size) for size in batch.images[0].image_size[image])
+    return _array(batch.images[0].images[image, :, :height, :width].permute(1, 2, 0))
 
 
 def images_of_frame(batch: Batch, frame: int) -> list[int]:
     """Rows of a frame's images."""
-    return (batch.images.batch_index == frame).nonzero().squeeze(1).tolist()
+    return (batch.images[0].batch_index == frame).nonzero().squeeze(1).tolist()
 
 
 def draw_pixel_pairs(batch: Batch, tokens: PointTokens, used: PixelPairs, frame: int = 0) -> Picture:
@@ -58,7 +57,7 @@ def draw_pixel_pairs(batch: Batch, tokens: PointTokens, used: PixelPairs, frame:
     """
     images = images_of_frame(batch, frame)
     pictures = [view_of_image(batch, image) for image in images]
-    names = [batch.images.camera_names[image] for image in images]
+    names = [batch.images[0].camera_names[image] for image in images]
     scale = fitting_scale(mosaic(pictures, names)[0], 900 if len(images) < 3 else 1400)
     picture, places = mosaic(pictures, names, scale=scale)
     parts = []
@@ -92,8 +91,8 @@ def draw_features(batch: Batch, feature_map: FeatureMap, num_images: int = 4) ->
         picture = view_of_image(batch, image)
         height, width = min(large.shape[0], picture.shape[0]), min(large.shape[1], picture.shape[1])
         pairs.append(np.concatenate([picture[:height, :width], large[:height, :width]]))
-    names = [batch.images.camera_names[image] for image in shown]
-    frames = batch.images.batch_index[shown].tolist()
+    names = [batch.images[0].camera_names[image] for image in shown]
+    frames = batch.images[0].batch_index[shown].tolist()
     if len(set(frames)) > 1:
         names = [f"{batch.frame_ids[frame]} {name}" for frame, name in zip(frames, names, strict=True)]
     return mosaic(pairs, names)[0]

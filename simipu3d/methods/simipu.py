@@ -7,23 +7,16 @@ switch says so; defaults are the corrected recipe, `configs/simipu/kitti_release
 
 import logging
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn as nn
-from pydantic import (
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    SerializeAsAny,
-    field_validator,
-    model_validator,
-)
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 from torch import Tensor
 
-from simipu3d.config import PartConfig, parse_block, parse_part
-from simipu3d.contracts.batch import Batch
+from simipu3d.config import PartConfig, part_field
+from simipu3d.contracts.batch import Batch, ImageView
+from simipu3d.contracts.method import DataInfo, Method, Needs, Picture, Rows
 from simipu3d.contracts.tokens import FeatureMap, PointTokens
 from simipu3d.contrast.heads import ProjectionHead
 from simipu3d.contrast.info_nce import ContrastResult, info_nce
@@ -38,7 +31,7 @@ from simipu3d.matching.projection import (
     sample_bilinear,
 )
 from simipu3d.matching.released import released_coordinates
-from simipu3d.methods.drawing import Picture, draw_features, draw_pixel_pairs, draw_token_pairs
+from simipu3d.methods.drawing import draw_features, draw_pixel_pairs, draw_token_pairs
 from simipu3d.registry import ASSIGNMENTS, METHODS, POINT_ENCODERS
 
 log = logging.getLogger(__name__)
@@ -51,8 +44,6 @@ class MatchingConfig(PartConfig):
     """Token to token: hungarian (exact, the paper's), greedy (its ablation), nearest or mutual_nearest."""
     max_distance: PositiveFloat | None = None
     """Pairs farther apart than this, metres, are dropped. The paper has no gate."""
-    map: int = -1
-    """Which image feature map is matched: its stride in pixels (8, 16, 32), or -1 for the last one, as the paper does."""
     grid: Literal["exact", "own_padded_size"] = "exact"
     """Where on the map a pixel is read: (u - offset) / stride, or the released code's formula (see simipu3d.matching)."""
     invisible: Literal["mask", "keep"] = "mask"
@@ -104,126 +95,159 @@ class ContrastConfig(PartConfig):
 class SimIPUConfig(PartConfig):
     """All blocks that the method reads."""
 
-    point_encoder: SerializeAsAny[PartConfig]
-    image_encoder: ImageEncoderConfig
-    matching: MatchingConfig = Field(default_factory=MatchingConfig)
-    contrast: ContrastConfig = Field(default_factory=ContrastConfig)
+    point_encoder: part_field("point_encoder", POINT_ENCODERS)
+    """Points to tokens."""
+    image_encoder: ImageEncoderConfig = ImageEncoderConfig()
+    """Images to a feature map."""
+    matching: MatchingConfig = MatchingConfig()
+    """How pairs are found."""
+    contrast: ContrastConfig = ContrastConfig()
+    """What is compared, and how sharply."""
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedView:
+    """A point view behind the encoder.
+
+    Attributes:
+        tokens: of the view.
+        xyz: (M, 3) where they are in the lidar frame, metres.
+        copies: (M,) id of each token; equal ids are copies of one lidar point, within a view and across the two.
+    """
+
+    tokens: PointTokens
+    xyz: Tensor
+    copies: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class IntraPart:
+    """Token to token: the second view, the pairs, and their rows (P, C) behind the head, not normalised. Fewer than two
+    pairs are no contrast: then there are none."""
+
+    second: EncodedView
+    pairs: TokenPairs
+    query: Tensor
+    key: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class InterPart:
+    """Pixel to token: all pairs, those that enter the loss, the matched feature map, and the rows (P, C) of the used pairs
+    behind the heads, not normalised. Fewer than two pairs are no contrast: then there are none."""
+
+    pixels: PixelPairs
+    used: PixelPairs
+    feature_map: FeatureMap
+    image_rows: Tensor
+    point_rows: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Embedded:
-    """What a batch looks like just before the losses; pictures and retrieval read it too.
+    """What a batch looks like just before the losses: the first view, and what each loss that has a weight compares."""
 
-    Attributes:
-        tokens, xyz: of the first and (None without the intra-modal loss) the second view; xyz (M, 3) in the lidar frame.
-        pairs: token to token, or None.
-        pixels: token to pixel, all of them; None without the inter-modal loss.
-        used: the token-pixel pairs that enter the loss.
-        maps: the image encoder's feature maps, or None.
-        intra: query and key rows (not normalised) of `pairs`; inter: image and point rows of `used`. Fewer than two rows
-            are no contrast: then there are none, in `pairs` and `used` neither.
-        copies: (M,) id of each token of the first and second view; equal ids are copies of one lidar point.
-    """
-
-    tokens: tuple[PointTokens, PointTokens | None]
-    xyz: tuple[Tensor, Tensor | None]
-    copies: tuple[Tensor, Tensor | None]
-    pairs: TokenPairs | None
-    pixels: PixelPairs | None
-    used: PixelPairs | None
-    maps: list[FeatureMap] | None
-    intra: tuple[Tensor, Tensor]
-    inter: tuple[Tensor, Tensor]
+    first: EncodedView
+    intra: IntraPart | None
+    inter: InterPart | None
 
 
-@METHODS.register("simipu", config=SimIPUConfig)
-class SimIPU(nn.Module):
+@METHODS.register("simipu")
+class SimIPU(Method):
     """The method of the paper on any registered point encoder and any image backbone, timm's or registered.
 
     Args:
         config: the validated blocks.
-        point_columns: columns of the data set's points.
+        data: the columns of its points.
     """
 
-    BLOCKS = ("point_encoder", "image_encoder", "matching", "contrast")
+    Config = SimIPUConfig
+    NEEDS = Needs(point_views=2, image_views=1)
+    OPTIM = {"points": {"name": "adamw"}, "image": {"name": "sgd"}, "heads": {"name": "sgd"}}  # noqa: RUF012
 
-    @classmethod
-    def parse_blocks(cls, raw: dict[str, Any]) -> SimIPUConfig:
-        """Validate the blocks of `BLOCKS`; one that is missing counts as empty."""
-        return SimIPUConfig(
-            point_encoder=parse_part("point_encoder", POINT_ENCODERS, raw["point_encoder"]),
-            image_encoder=parse_block("image_encoder", ImageEncoderConfig, raw["image_encoder"]),
-            matching=parse_block("matching", MatchingConfig, raw["matching"]),
-            contrast=parse_block("contrast", ContrastConfig, raw["contrast"]),
-        )
-
-    def __init__(self, config: SimIPUConfig, *, point_columns: tuple[str, ...]):
+    def __init__(self, config: SimIPUConfig, data: DataInfo):
         super().__init__()
         self.config = config
         contrast = config.contrast
         self.uses_intra, self.uses_inter = contrast.intra_weight > 0, contrast.inter_weight > 0
-        entry = POINT_ENCODERS[config.point_encoder.name]
-        self.point_encoder = entry.target(config.point_encoder, point_columns=point_columns)
+        self.point_encoder = POINT_ENCODERS.of(config.point_encoder).target(
+            config.point_encoder, point_columns=data.point_columns
+        )
         channels = self.point_encoder.out_channels
         if self.uses_intra:
             self.intra_head = ProjectionHead(channels, contrast.dim)
         else:
             self.point_encoder.requires_grad_(False)
         if self.uses_inter:
-            self.image_encoder = ImageEncoder(config.image_encoder, map=config.matching.map)
+            self.image_encoder = ImageEncoder(config.image_encoder)
             self.inter_point_head = ProjectionHead(channels, contrast.dim)
             self.inter_image_head = ProjectionHead(self.image_encoder.maps[-1].channels, contrast.dim)
             if contrast.inter_detach == "after_head":
                 self.inter_point_head.requires_grad_(False)
 
+    @classmethod
+    def needs_of(cls, config: SimIPUConfig) -> Needs:
+        """Without the inter-modal loss no image is read."""
+        return cls.NEEDS if config.contrast.inter_weight > 0 else Needs(point_views=2)
+
     def branches(self) -> dict[str, nn.Module]:
-        """The modules that the blocks `optim.points`, `optim.image` and `optim.heads` train."""
+        """points, heads and, with the inter-modal loss, image."""
         heads = {name: module for name, module in self.named_children() if name.endswith("_head")}
-        branches = {"points": self.point_encoder, "heads": nn.ModuleDict(heads)}
+        branches: dict[str, nn.Module] = {"points": self.point_encoder, "heads": nn.ModuleDict(heads)}
         if self.uses_inter:
             branches["image"] = self.image_encoder
         return branches
 
     def embed(self, batch: Batch) -> Embedded:
         """Encode both sides of a batch, match them, and put the matched rows through the heads."""
-        first, second = batch.views
-        tokens = self.point_encoder(first)
-        xyz, copies = lidar_xyz(tokens, first), _copies(tokens)
-        nothing = tokens.features.new_zeros((0, self.config.contrast.dim))
-        intra, inter = (nothing, nothing), (nothing, nothing)
-        other, other_xyz, other_copies, pairs = None, None, None, None
-        if self.uses_intra:
-            with torch.no_grad():  # the target side of a one-sided loss: same weights, no gradient
-                other = self.point_encoder(second)
-                other_xyz, other_copies = lidar_xyz(other, second), _copies(other)
-            pairs = match_tokens(
-                (tokens, other),
-                (xyz, other_xyz),
-                batch.num_frames,
-                assignment=self.config.matching.assignment,
-                max_distance=self.config.matching.max_distance,
-            )
-            if len(pairs.first) < 2:
-                pairs = TokenPairs(*(values[:0] for values in pairs))
-            else:
-                query = self.intra_head(tokens.features.index_select(0, pairs.first))
-                with torch.no_grad():
-                    key = self.intra_head(other.features.index_select(0, pairs.second))
-                intra = (query, key)
-        pixels, used, maps = None, None, None
-        if self.uses_inter:
-            pixels = project_tokens(xyz, tokens.batch_index, batch.images, min_depth=self.config.matching.min_depth)
-            used = pixels.where_visible()
-            if self.config.matching.invisible == "keep":
-                used = pixels.where_visible_or_unseen(batch.images.camera_index)
-            maps = self.image_encoder(self.image_encoder.normalise(batch.images.images, batch.images.image_size))
-            if len(used.token) < 2:
-                used = PixelPairs(*(values[:0] for values in used))
-            else:
-                inter = self._inter_rows(batch, tokens, used, maps[-1])
-        return Embedded(
-            (tokens, other), (xyz, other_xyz), (copies, other_copies), pairs, pixels, used, maps, intra, inter
+        tokens = self.point_encoder(batch.views[0])
+        first = EncodedView(tokens, lidar_xyz(tokens, batch.views[0]), _copies(tokens))
+        intra = self._embed_intra(batch, first) if self.uses_intra else None
+        inter = self._embed_inter(batch.images[0], first) if self.uses_inter else None
+        return Embedded(first, intra, inter)
+
+    def _embed_intra(self, batch: Batch, first: EncodedView) -> IntraPart:
+        with torch.no_grad():  # the target side of a one-sided loss: same weights, no gradient
+            tokens = self.point_encoder(batch.views[1])
+            second = EncodedView(tokens, lidar_xyz(tokens, batch.views[1]), _copies(tokens))
+        pairs = match_tokens(
+            (first.tokens, tokens),
+            (first.xyz, second.xyz),
+            batch.num_frames,
+            assignment=self.config.matching.assignment,
+            max_distance=self.config.matching.max_distance,
         )
+        if len(pairs.first) < 2:
+            nothing = first.tokens.features.new_zeros((0, self.config.contrast.dim))
+            return IntraPart(second, TokenPairs(*(values[:0] for values in pairs)), nothing, nothing)
+        query = self.intra_head(first.tokens.features.index_select(0, pairs.first))
+        with torch.no_grad():
+            key = self.intra_head(tokens.features.index_select(0, pairs.second))
+        return IntraPart(second, pairs, query, key)
+
+    def _embed_inter(self, images: ImageView, first: EncodedView) -> InterPart:
+        matching = self.config.matching
+        pixels = project_tokens(first.xyz, first.tokens.batch_index, images, min_depth=matching.min_depth)
+        used = pixels.where_visible()
+        if matching.invisible == "keep":
+            used = pixels.where_visible_or_unseen(images.camera_index)
+        feature_map = self.image_encoder(self.image_encoder.normalise(images.images, images.image_size))[-1]
+        if len(used.token) < 2:
+            used = PixelPairs(*(values[:0] for values in used))
+            nothing = first.tokens.features.new_zeros((0, self.config.contrast.dim))
+            return InterPart(pixels, used, feature_map, nothing, nothing)
+        if matching.grid == "exact":
+            coordinates, outside = exact_coordinates(used, feature_map), "border"
+        else:
+            coordinates, outside = released_coordinates(used, images, feature_map), "zeros"
+        if matching.invisible == "keep":
+            # Released: what no camera sees lands far outside the map and reads zero.
+            coordinates = torch.where(used.visible[:, None], coordinates, -2.0)
+            outside = "zeros"
+        seen = sample_bilinear(feature_map.features, used.image, coordinates, outside=outside)
+        # The point side carries no gradient of the encoder.
+        point_rows = self.inter_point_head(first.tokens.features.detach().index_select(0, used.token))
+        return InterPart(pixels, used, feature_map, self.inter_image_head(seen), point_rows)
 
     def sync_norms(self, device_type: str) -> None:
         """Let BatchNorms share their statistics over processes where the configuration says so; before training."""
@@ -233,109 +257,111 @@ class SimIPU(nn.Module):
             if device_type != "cuda":
                 log.info("contrast.head_norm: sync is plain BatchNorm on %s", device_type)
                 return
-            for name, module in self.branches()["heads"].items():
-                setattr(self, name, nn.SyncBatchNorm.convert_sync_batchnorm(module))
+            for name, module in list(self.named_children()):
+                if name.endswith("_head"):
+                    setattr(self, name, nn.SyncBatchNorm.convert_sync_batchnorm(module))
 
-    @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Picture]:
-        """What the method sees in a batch, by name; leaves weights and statistics as they are."""
-        was_training = self.training
-        self.eval()
+        """Matched tokens of two views, tokens on their pixels, and the matched feature map as colours."""
         embedded = self.embed(batch)
-        self.train(was_training)
         drawn = {}
-        if self.uses_intra:
-            drawn["matches"] = draw_token_pairs(batch, embedded.tokens, embedded.pairs)
-        if self.uses_inter and len(batch.images.images):
-            frame = int(batch.images.batch_index[0])
-            drawn["projected_tokens"] = draw_pixel_pairs(batch, embedded.tokens[0], embedded.used, frame)
-            drawn["features"] = draw_features(batch, embedded.maps[-1])
+        if embedded.intra is not None:
+            tokens = (embedded.first.tokens, embedded.intra.second.tokens)
+            drawn["matches"] = draw_token_pairs(batch, tokens, embedded.intra.pairs)
+        if embedded.inter is not None and len(batch.images[0].images):
+            frame = int(batch.images[0].batch_index[0])
+            drawn["projected_tokens"] = draw_pixel_pairs(batch, embedded.first.tokens, embedded.inter.used, frame)
+            drawn["features"] = draw_features(batch, embedded.inter.feature_map)
         return drawn
 
-    def _inter_rows(
-        self, batch: Batch, tokens: PointTokens, used: PixelPairs, feature_map: FeatureMap
-    ) -> tuple[Tensor, Tensor]:
-        """Head outputs (image rows, point rows) of the token-pixel pairs; the point side carries no encoder gradient."""
-        if self.config.matching.grid == "exact":
-            coordinates, outside = exact_coordinates(used, feature_map), "border"
-        else:
-            coordinates, outside = released_coordinates(used, batch.images, feature_map), "zeros"
-        if self.config.matching.invisible == "keep":
-            # Released: what no camera sees lands far outside the map and reads zero.
-            coordinates = torch.where(used.visible[:, None], coordinates, -2.0)
-            outside = "zeros"
-        seen = sample_bilinear(feature_map.features, used.image, coordinates, outside=outside)
-        point_rows = self.inter_point_head(tokens.features.detach().index_select(0, used.token))
-        return self.inter_image_head(seen), point_rows
+    def rows(self, batch: Batch) -> dict[str, Rows]:
+        """intra: first view's token, second view's token; inter: pixel, token."""
+        embedded = self.embed(batch)
+        first, found = embedded.first, {}
+        if embedded.intra is not None:
+            token = embedded.intra.pairs.first
+            own = (first.copies[token], first.tokens.batch_index[token])
+            found["intra"] = Rows(embedded.intra.query, embedded.intra.key, *own)
+        if embedded.inter is not None:
+            token = embedded.inter.used.token
+            own = (first.copies[token], first.tokens.batch_index[token])
+            found["inter"] = Rows(embedded.inter.image_rows, embedded.inter.point_rows, *own)
+        return found
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Losses and metrics of a batch, all scalars; `loss` is the weighted sum of `intra_loss` and `inter_loss`."""
         embedded = self.embed(batch)
-        contrast = self.config.contrast
-        metrics = {"num_tokens": _scalar(len(embedded.tokens[0].xyz), batch)}
+        contrast, first = self.config.contrast, embedded.first
+        num_tokens = _scalar(len(first.xyz), first)
+        metrics = {"num_tokens": num_tokens}
         loss = self._tie_unused(embedded)
-        metrics["unique_tokens"] = _scalar(len(embedded.copies[0].unique()), batch) / metrics["num_tokens"].clamp(min=1)
-        if self.uses_intra:
-            result = self._intra_result(embedded)
+        metrics["unique_tokens"] = _scalar(len(first.copies.unique()), first) / num_tokens.clamp(min=1)
+        if embedded.intra is not None:
+            result = self._intra_result(first, embedded.intra)
             loss = loss + contrast.intra_weight * result.loss
-            metrics |= _named("intra", result) | self._distances(embedded.pairs, batch)
-            metrics["intra_rows"] = _scalar(len(embedded.pairs.first), batch)
-        if self.uses_inter:
-            result = self._inter_result(embedded)
+            metrics |= _named("intra", result) | _distances(embedded.intra.pairs, first)
+            metrics["intra_rows"] = _scalar(len(embedded.intra.pairs.first), first)
+        if embedded.inter is not None:
+            result = self._inter_result(first, embedded.inter)
             loss = loss + contrast.inter_weight * result.loss
             metrics |= _named("inter", result)
-            _, num_cameras = embedded.pixels.token[embedded.pixels.visible].unique(return_counts=True)
-            num_tokens = metrics["num_tokens"].clamp(min=1)
-            metrics["visible_tokens"] = _scalar(len(num_cameras), batch) / num_tokens
-            metrics["overlap_tokens"] = (num_cameras > 1).sum() / num_tokens  # seen by two cameras or more
-            metrics["inter_rows"] = _scalar(len(embedded.used.token), batch)
-        return {"loss": loss, **metrics}
+            pixels = embedded.inter.pixels
+            _, num_cameras = pixels.token[pixels.visible].unique(return_counts=True)
+            metrics["visible_tokens"] = _scalar(len(num_cameras), first) / num_tokens.clamp(min=1)
+            metrics["overlap_tokens"] = (num_cameras > 1).sum() / num_tokens.clamp(min=1)  # seen by two cameras or more
+            metrics["inter_rows"] = _scalar(len(embedded.inter.used.token), first)
+        return {"loss": torch.as_tensor(loss), **metrics}
 
     def _tie_unused(self, embedded: Embedded) -> Tensor | float:
         """0, on the graph of every parameter where a loss has no rows: such a batch gives zero gradients, not none (for
         which other processes would wait)."""
-        missing = (self.uses_intra and not len(embedded.intra[0])) or (self.uses_inter and not len(embedded.inter[0]))
-        if not missing:
+        intra, inter = embedded.intra, embedded.inter
+        if (intra is None or len(intra.query)) and (inter is None or len(inter.image_rows)):
             return 0.0
         return sum(parameter.sum() * 0 for parameter in self.parameters() if parameter.requires_grad)
 
-    def _negatives(self, batch_index: Tensor) -> dict:
-        negatives = self.config.contrast.negatives
-        return {"scene": batch_index if negatives == "scene" else None, "all_ranks": negatives == "all_ranks"}
-
-    def _intra_result(self, embedded: Embedded) -> ContrastResult:
-        pairs, contrast = embedded.pairs, self.config.contrast
-        ids = ()
-        if contrast.mask_duplicates:
-            ids = (embedded.copies[0][pairs.first], embedded.copies[1][pairs.second])
-        query, key = embedded.intra
-        scene = embedded.tokens[0].batch_index[pairs.first]
-        return info_nce(query, key, contrast.temperature, ids=ids, **self._negatives(scene))
-
-    def _inter_result(self, embedded: Embedded) -> ContrastResult:
-        used, contrast = embedded.used, self.config.contrast
-        token_ids = (
-            embedded.copies[0] if contrast.mask_duplicates else torch.arange(len(embedded.copies[0])).to(used.token)
+    def _contrast(self, query: Tensor, key: Tensor, ids: tuple[Tensor, ...], batch_index: Tensor) -> ContrastResult:
+        """InfoNCE with the negatives that the configuration chooses. A held-out loss must not depend on how many processes
+        measure it, so that rows of other processes take part in training only."""
+        contrast = self.config.contrast
+        return info_nce(
+            query,
+            key,
+            contrast.temperature,
+            ids=ids,
+            scene=batch_index if contrast.negatives == "scene" else None,
+            all_ranks=contrast.negatives == "all_ranks" and self.training,
         )
+
+    def _intra_result(self, first: EncodedView, part: IntraPart) -> ContrastResult:
+        ids = ()
+        if self.config.contrast.mask_duplicates:
+            ids = (first.copies[part.pairs.first], part.second.copies[part.pairs.second])
+        return self._contrast(part.query, part.key, ids, first.tokens.batch_index[part.pairs.first])
+
+    def _inter_result(self, first: EncodedView, part: InterPart) -> ContrastResult:
+        contrast = self.config.contrast
+        token = part.used.token
         # A token that two cameras see stands in two rows, which are never each other's negatives.
-        rows = {"ids": (token_ids[used.token],), **self._negatives(embedded.tokens[0].batch_index[used.token])}
-        image, points = embedded.inter
+        own = first.copies if contrast.mask_duplicates else torch.arange(len(first.copies)).to(token)
+        ids, batch_index = (own[token],), first.tokens.batch_index[token]
+        image, points = part.image_rows, part.point_rows
         if contrast.inter_detach == "after_head":
             points = points.detach()
         results = []
         if contrast.inter_direction in ("image_to_points", "symmetric"):
-            results.append(info_nce(image, points, contrast.temperature, **rows))
+            results.append(self._contrast(image, points, ids, batch_index))
         if contrast.inter_direction in ("points_to_image", "symmetric"):
-            results.append(info_nce(points, image, contrast.temperature, **rows))
+            results.append(self._contrast(points, image, ids, batch_index))
         return ContrastResult(*(torch.stack(values).mean() for values in zip(*results, strict=True)))
 
-    @staticmethod
-    def _distances(pairs: TokenPairs, batch: Batch) -> dict[str, Tensor]:
-        if not len(pairs.distance):
-            return {f"matched_distance_{name}": _scalar(0, batch) for name in ("p50", "p90", "max")}
-        levels = torch.tensor([0.5, 0.9, 1.0], dtype=pairs.distance.dtype, device=pairs.distance.device)
-        values = pairs.distance.quantile(levels).float()
-        return dict(zip(("matched_distance_p50", "matched_distance_p90", "matched_distance_max"), values, strict=True))
+
+def _distances(pairs: TokenPairs, first: EncodedView) -> dict[str, Tensor]:
+    if not len(pairs.distance):
+        return {f"matched_distance_{name}": _scalar(0, first) for name in ("p50", "p90", "max")}
+    levels = torch.tensor([0.5, 0.9, 1.0], dtype=pairs.distance.dtype, device=pairs.distance.device)
+    values = pairs.distance.quantile(levels).float()
+    return dict(zip(("matched_distance_p50", "matched_distance_p90", "matched_distance_max"), values, strict=True))
 
 
 def _copies(tokens: PointTokens) -> Tensor:
@@ -347,8 +373,8 @@ def _copies(tokens: PointTokens) -> Tensor:
     return torch.where(tokens.source_index >= 0, own, highest + row)
 
 
-def _scalar(value: int, batch: Batch) -> Tensor:
-    return torch.tensor(float(value), device=batch.views[0].points.device)
+def _scalar(value: int, view: EncodedView) -> Tensor:
+    return torch.tensor(float(value), device=view.xyz.device)
 
 
 def _named(name: str, result: ContrastResult) -> dict[str, Tensor]:
