@@ -23,8 +23,8 @@ HALF = {"name": "resnet18", "model_args": {"channels": [32, 64, 128, 256]}}
 
 def write_checkpoint(path: Path, map=-1, **block) -> ImageEncoder:
     """A checkpoint as a run writes it, with random weights and BatchNorm statistics (some variances small)."""
-    config = parse_block("image_encoder", ImageEncoderConfig, block)
-    encoder = ImageEncoder(config, map=map).eval()
+    config = parse_block("image_encoder", ImageEncoderConfig, {"map": map, **block})
+    encoder = ImageEncoder(config).eval()
     for module in encoder.modules():
         if isinstance(module, BatchNorm):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -34,7 +34,7 @@ def write_checkpoint(path: Path, map=-1, **block) -> ImageEncoder:
             module.num_batches_tracked.fill_(7)
     state = {f"method.image_encoder.{name}": value for name, value in encoder.state_dict().items()}
     state |= {"method.point_encoder.weight": torch.zeros(3), "method.inter_image_head.weight": torch.zeros(3)}
-    resolved = {"method": "simipu", "image_encoder": to_plain(config), "matching": {"map": map}}
+    resolved = {"method": "simipu", "image_encoder": to_plain(config), "matching": {}}
     resolved["data"] = {"name": "kitti", "split": "train"}
     run = {
         "config": resolved,
@@ -247,6 +247,20 @@ def test_stages_that_never_ran_are_left_out_and_listed(tmp_path):
     assert not any(name.startswith(("layer3", "layer4")) for name in state)
     assert len(report.meta["untrained"]) == 60
     assert "not in the file" in report.summary()
+
+
+def test_an_older_run_that_has_the_map_in_its_matching_block_still_exports(tmp_path):
+    write_checkpoint(tmp_path / "new.ckpt", map=8, name="resnet18")
+    content = torch.load(tmp_path / "new.ckpt", weights_only=True)
+    config = content["simipu3d"]["config"]
+    config["matching"] = {"map": config["image_encoder"].pop("map")}
+    torch.save(content, tmp_path / "old.ckpt")
+    states = []
+    for age in ("new", "old"):
+        export_image(tmp_path / f"{age}.ckpt", "torchvision", tmp_path / f"{age}.pth")
+        states.append(torch.load(tmp_path / f"{age}.pth", weights_only=True))
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
 def test_dilated_training_exports_the_same_weights(tmp_path):

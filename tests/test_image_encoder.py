@@ -21,7 +21,7 @@ def encoder(map=-1, **block) -> ImageEncoder:
     block = {"name": "resnet18", "model_args": {"channels": [8, 16, 24, 32], "stem_width": 8}, **block}
     if block["name"] != "resnet18":
         block["model_args"] = block["model_args"] if "channels" not in block["model_args"] else {}
-    return ImageEncoder(parse_block("image_encoder", ImageEncoderConfig, block), map=map)
+    return ImageEncoder(parse_block("image_encoder", ImageEncoderConfig, {"map": map, **block}))
 
 
 BACKBONES = [
@@ -145,7 +145,7 @@ def test_map_is_a_stride_or_an_index_from_the_end():
     levels = [Level(4, 1, 0.0), Level(8, 2, 0.0), Level(8, 3, 0.0), Level(16, 4, 0.0)]
     assert [find_level(levels, m) for m in (4, 8, 16, -1, -4)] == [0, 2, 3, 3, 0]
     for wrong in (0, 3, 32, -5):
-        with pytest.raises(UserError, match=r"matching\.map.*4, 8, 16"):
+        with pytest.raises(UserError, match=r"image_encoder\.map.*4, 8, 16"):
             find_level(levels, wrong)
 
 
@@ -171,7 +171,7 @@ def test_stages_behind_the_matched_map_are_not_built_and_are_named():
         ({"name": "convnext_atto", "bn_eps": 1e-3}, -1, r"image_encoder\.bn_eps"),
         ({"neck": "top_down"}, -1, r"image_encoder\.neck"),
         ({"name": "vit_tiny_patch16_224", "neck": "top_down"}, -4, r"image_encoder\.neck.*one stride"),
-        ({}, 64, r"matching\.map"),
+        ({}, 64, r"image_encoder\.map"),
         ({"frozen_stages": 4}, 8, r"frozen_stages: only 3"),
     ],
 )

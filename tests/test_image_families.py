@@ -32,7 +32,7 @@ EVERY = pytest.mark.parametrize("family", FAMILIES)
 
 def encoder(family: str, map: int = -1, **block) -> ImageEncoder:
     torch.manual_seed(1)
-    return ImageEncoder(parse_block("image_encoder", ImageEncoderConfig, {**FAMILIES[family], **block}), map=map)
+    return ImageEncoder(parse_block("image_encoder", ImageEncoderConfig, {**FAMILIES[family], "map": map, **block}))
 
 
 @EVERY

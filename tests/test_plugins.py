@@ -175,7 +175,8 @@ def test_a_foreign_assignment_is_held_to_the_contract(acme):
 
 
 def image_encoder(map: int = -1, **block) -> ImageEncoder:
-    return ImageEncoder(parse_block("image_encoder", ImageEncoderConfig, {"name": "acme_patches", **block}), map=map)
+    block = {"name": "acme_patches", "map": map, **block}
+    return ImageEncoder(parse_block("image_encoder", ImageEncoderConfig, block))
 
 
 def test_the_keys_of_the_block_hold_for_a_foreign_image_backbone(acme, tmp_path):

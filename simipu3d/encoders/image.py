@@ -61,8 +61,7 @@ class ImageEncoder(nn.Module):
     """A backbone up to the matched level, and the optional neck.
 
     Args:
-        config: the `image_encoder:` block.
-        map: `matching.map`, the level that is matched: its stride, or a negative index (-1 is the last stage).
+        config: the `image_encoder:` block; its `map` says which level is matched.
 
     Attributes:
         maps: one `Level(stride, channels, offset)` for each map that `forward` returns; the last one is the matched
@@ -83,13 +82,13 @@ class ImageEncoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: ImageEncoderConfig, map: int = -1):
+    def __init__(self, config: ImageEncoderConfig):
         super().__init__()
         self.config = config
         self.trunk, self.model_args = build_trunk(config)
         whole = list(self.trunk.state_dict())
         levels = measure_levels(self.trunk, config.name)
-        matched = find_level(levels, map)
+        matched = find_level(levels, config.map)
         self._check(levels, matched)
         deepest = len(levels) - 1 if config.neck else matched
         if is_timm(self.trunk):
@@ -207,7 +206,7 @@ class ImageEncoder(nn.Module):
         if config.neck and matched == len(levels) - 1:
             raise UserError(
                 "image_encoder.neck: the matched map is the last stage, there is nothing to add to it; "
-                f"set matching.map to a finer stride than {levels[-1].stride}, or neck: null"
+                f"set image_encoder.map to a finer stride than {levels[-1].stride}, or neck: null"
             )
         if config.frozen_stages > matched + 1:
             raise UserError(

@@ -160,7 +160,7 @@ def _stated_levels(trunk: nn.Module, name: str) -> list[Level]:
 
 
 def find_level(levels: list[Level], map: int) -> int:
-    """Index of the level that `matching.map` means: a stride (the deepest level that has it), or a negative index.
+    """Index of the level that `image_encoder.map` means: a stride (the deepest level that has it), or a negative index.
 
     Raises:
         UserError: there is no such level.
@@ -171,7 +171,7 @@ def find_level(levels: list[Level], map: int) -> int:
     if not at_stride:
         strides = ", ".join(str(stride) for stride in dict.fromkeys(level.stride for level in levels))
         raise UserError(
-            f"matching.map: the image encoder has no map {map}; give one of its strides ({strides}), "
+            f"image_encoder.map: the backbone has no map {map}; give one of its strides ({strides}), "
             f"or an index from the end (-1 to -{len(levels)})"
         )
     return at_stride[-1]

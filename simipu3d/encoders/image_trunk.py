@@ -38,6 +38,10 @@ class ImageEncoderConfig(PartConfig):
     model_args: dict[str, JsonValue] = Field(default_factory=dict)
     """Handed to timm as they are: `{channels: [32, 64, 128, 256]}` makes a ResNet-18 of half width. Of a registered
     backbone: its own keys."""
+    map: int = -1
+    """Which feature map is used (matched): its stride in pixels (2 to 32; the deepest map that has it), or an index from
+    the end, -1 for the last one, as the paper does. Stages behind it are not built, so not trained; `output_stride` or
+    `neck` train them too. Default: SimIPU (arXiv:2112.04680)."""
     pretrained: Path | None = None
     """Local weights to start from (.safetensors, or a torch file with a state dict), for double fine-tuning. Default:
     from scratch, as in the paper. Nothing is ever downloaded."""

@@ -54,11 +54,13 @@ def rebuild_image_encoder(path: Path, state: dict[str, Tensor], run: dict[str, A
     """
     own = {name.removeprefix(IMAGE_PREFIX): value for name, value in state.items() if name.startswith(IMAGE_PREFIX)}
     block, matching = run["config"].get("image_encoder"), run["config"].get("matching")
+    if isinstance(block, dict) and isinstance(matching, dict) and "map" in matching:
+        block = {"map": matching["map"], **block}  # where older runs have the key
     if not own or not isinstance(block, dict):
         method = run.get("method", "unknown")
         raise UserError(f"{path}: this run (method {method}) has no image branch; export a run that has one")
     config = parse_block("image_encoder", ImageEncoderConfig, {**block, "pretrained": None})
-    encoder = ImageEncoder(config, map=matching.get("map", -1) if isinstance(matching, dict) else -1)
+    encoder = ImageEncoder(config)
     _load_exactly(path, encoder, own, "image")
     return encoder.eval()
 
@@ -122,7 +124,8 @@ def without_dilation(encoder: ImageEncoder) -> ImageEncoder:
     """The same weights and levels at the architecture's own strides, without neck: what a plain target computes."""
     if encoder.config.output_stride == 32 and encoder.neck is None:
         return encoder
-    config = encoder.config.model_copy(update={"output_stride": 32, "neck": None, "frozen_stages": 0})
-    plain = ImageEncoder(config, map=encoder.level_indices[-1] - encoder.num_levels)
+    deepest = encoder.level_indices[-1] - encoder.num_levels
+    changes = {"map": deepest, "output_stride": 32, "neck": None, "frozen_stages": 0}
+    plain = ImageEncoder(encoder.config.model_copy(update=changes))
     plain.trunk.load_state_dict(encoder.trunk.state_dict())
     return plain.eval()
