@@ -1,4 +1,4 @@
-"""Which settings does every data set share? The `data:` block and its `augment:` block.
+"""Which settings does every data set share? The `data:` block, and the `augment:` block beside it.
 
 A reader's own model inherits from `DataConfig` and adds its keys. Angles are degrees (`_deg`), lengths metres, image
 edges pixels.
@@ -31,7 +31,7 @@ def check_range(key: str, low: float, high: float) -> None:
 
 
 class ImageAugmentConfig(PartConfig):
-    """The `data.augment.images:` block; every image of a frame gets its own draw, in the order of the keys."""
+    """The `augment.images:` block; every view of every image gets its own draw, in the order of the keys."""
 
     resize: Literal["long_short", "factor"] | None = "long_short"
     """`long_short`: edges drawn from long_edge and short_edge, aspect kept (released code); `factor`: a factor drawn
@@ -70,9 +70,16 @@ class ImageAugmentConfig(PartConfig):
         check_range("resize_factor", *self.resize_factor)
         return self
 
+    def without_draws(self) -> "ImageAugmentConfig":
+        """The same with nothing left to chance: a resize stays where its ranges leave one size, the rest goes."""
+        ranges = {"factor": (self.resize_factor,), "long_short": (self.long_edge, self.short_edge), None: ()}
+        fixed = all(low == high for low, high in ranges[self.resize])
+        changes = {"crop": None, "flip_probability": 0.0, "colour_probability": 0.0, "grayscale_probability": 0.0}
+        return self.model_copy(update=changes if fixed else changes | {"resize": None})
 
-class AugmentConfig(PartConfig):
-    """The `data.augment:` block: how two point views and one view of every image are drawn from a frame.
+
+class PointAugmentConfig(PartConfig):
+    """The `augment.points:` block: how point views are drawn from a scan.
 
     A point view is rotated, scaled, shifted and mirrored, in this order; its matrix goes with it.
     """
@@ -88,32 +95,48 @@ class AugmentConfig(PartConfig):
     shuffle: bool = True
     """Each view gets its own order of points (released code); false: the reader's order."""
     augment_first_view: bool = False
-    """Is the first view moved too? Default: only the second is (released code)."""
+    """Is the first of two views moved too? Default: only the second is (released code). A single view is always moved."""
     rotation_deg: tuple[float, float] = (-90.0, 90.0)
     """Smallest and largest rotation about the vertical, degrees (released code)."""
-    rotation_centre: Vector = (35.2, 0.0, -1.0)
-    """The rotation leaves this point of the lidar frame where it is, metres. Default: the middle of KITTI's usual range
-    (released code)."""
+    rotation_centre: Vector | None = None
+    """The rotation leaves this point of the lidar frame where it is, metres. Default, null: the middle of the data set's
+    point_range (released code: of KITTI's usual range, [35.2, 0, -1]), or the origin where it has none."""
     scale: tuple[PositiveFloat, PositiveFloat] = (0.75, 1.25)
     """Smallest and largest scale (released code)."""
-    scale_centre: Vector = (35.2, 0.0, -1.0)
-    """The scaling leaves this point where it is, metres. Default: the rotation's; the released code scales about the
-    origin, [0, 0, 0]."""
+    scale_centre: Vector | None = None
+    """The scaling leaves this point where it is, metres. Default, null: as for the rotation; the released code scales
+    about the origin, [0, 0, 0]."""
     translation_std: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (0.0, 0.0, 0.0)
     """Standard deviation of a shift along x, y and z, metres (released code: none)."""
     flip_probability: Probability = 0.5
     """Chance of a mirror y -> -y (released code)."""
-    joint_flip: bool = False
-    """One coin, of `flip_probability`, mirrors the second view and all images together (released code). Default: each
-    has its own."""
-    images: ImageAugmentConfig = ImageAugmentConfig()
-    """How images are changed."""
 
     @model_validator(mode="after")
-    def _check(self) -> "AugmentConfig":
+    def _check(self) -> "PointAugmentConfig":
         check_range("rotation_deg", *self.rotation_deg)
         check_range("scale", *self.scale)
         return self
+
+    def centred(self, point_range: tuple[float, float, float, float, float, float] | None) -> "PointAugmentConfig":
+        """The same with both centres given: where one is null, the middle of a range of x, y, z minimum and x, y, z
+        maximum, or the origin where there is no range."""
+        middle = (0.0, 0.0, 0.0)
+        if point_range is not None:
+            middle = tuple((low + high) / 2 for low, high in zip(point_range[:3], point_range[3:], strict=True))
+        given = {key: getattr(self, key) for key in ("rotation_centre", "scale_centre")}
+        return self.model_copy(update={key: middle if centre is None else centre for key, centre in given.items()})
+
+
+class AugmentConfig(PartConfig):
+    """The `augment:` block: how the views that a method needs are drawn from a frame."""
+
+    points: PointAugmentConfig = PointAugmentConfig()
+    """How point views are drawn."""
+    images: ImageAugmentConfig = ImageAugmentConfig()
+    """How image views are drawn."""
+    joint_flip: bool = False
+    """One coin, of `points.flip_probability`, mirrors the second (or only) point view and all images together (released
+    code). Default: each has its own."""
 
 
 class DataConfig(PartConfig):
@@ -137,8 +160,6 @@ class DataConfig(PartConfig):
     """With `skip`: the run stops when more than max(1, this fraction of the frames) are bad."""
     freeze_draws: bool = False
     """Draw a frame's points and transforms once: every epoch repeats the draws of epoch 0."""
-    augment: AugmentConfig = AugmentConfig()
-    """How two point views and one view of every image are drawn from a frame."""
 
     @field_validator("cameras")
     @classmethod

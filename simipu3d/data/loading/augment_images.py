@@ -1,19 +1,65 @@
 """How is one view of an image drawn, and where do its pixels go?
 
-An image view carries `augmented_from_image`, (3, 3), built from the realised sizes: resize, crop, mirror. Colours
-follow; padding comes at the right and bottom when a batch is put together and moves no pixel. Images stay uint8.
+An image view carries `augmented_from_image`, (3, 3), built from the realised sizes: resize, crop, mirror. The same move
+takes maps of ground truth along. Colours follow; padding comes at the right and bottom when a batch is put together and
+moves no pixel. Images stay uint8.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from simipu3d.contracts.frame import Camera
 from simipu3d.data.config import ImageAugmentConfig
 from simipu3d.geometry.camera import crop_matrix, mirror_matrix, resize_matrix
+
+
+@dataclass(frozen=True)
+class ImageMove:
+    """Where the pixels of one image go: it is resized, a window is cut out, and that is mirrored. Sizes are (height, width).
+
+    Attributes:
+        raw_size: of the original image.
+        resized: after the resize.
+        top, left: the window's first row and column in the resized image.
+        size: of the window, and so of the augmented image.
+        mirrored: left-right.
+    """
+
+    raw_size: tuple[int, int]
+    resized: tuple[int, int]
+    top: int
+    left: int
+    size: tuple[int, int]
+    mirrored: bool
+
+    def matrix(self) -> Tensor:
+        """(3, 3) float64 `augmented_from_image`."""
+        matrix = crop_matrix(self.top, self.left) @ resize_matrix(self.raw_size, self.resized)
+        return mirror_matrix(self.size[1]) @ matrix if self.mirrored else matrix
+
+    def move_picture(self, picture: Image.Image) -> Image.Image:
+        """Colours, moved. A resize filters before it shrinks (Pillow's bilinear filter), so that no detail aliases."""
+        if self.resized != self.raw_size:
+            picture = picture.resize((self.resized[1], self.resized[0]), Image.Resampling.BILINEAR)
+        if self.size != self.resized:
+            picture = picture.crop((self.left, self.top, self.left + self.size[1], self.top + self.size[0]))
+        return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.mirrored else picture
+
+    def move_map(self, values: NDArray) -> NDArray:
+        """A (height, width) map of depths or labels, moved: every pixel takes the nearest one's value, none is mixed."""
+        rows = _nearest(self.raw_size[0], self.resized[0])[self.top : self.top + self.size[0]]
+        columns = _nearest(self.raw_size[1], self.resized[1])[self.left : self.left + self.size[1]]
+        return values[np.ix_(rows, columns[::-1] if self.mirrored else columns)]
+
+
+def _nearest(length: int, new_length: int) -> NDArray[np.int64]:
+    """(new_length,) the old pixel that each new pixel's centre lies in, (u' + 0.5) length / new_length, in whole numbers."""
+    return (2 * np.arange(new_length) + 1) * length // (2 * new_length)
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,18 +70,23 @@ class ImageSample:
         image: (3, h, w) uint8 RGB.
         camera: the camera's name.
         padded_size: (height, width) rounded up to the padding multiple.
-        augmented_from_image: (3, 3) float64.
-        image_from_camera, camera_from_lidar, distortion, raw_size: calibration of the original image, see `ImageView`.
+        move: what happened to the pixels.
+        augmented_from_image: (3, 3) float64, the same as a matrix.
+        image_from_camera, camera_from_lidar, distortion: calibration of the original image, see `ImageView`.
+        depth: (h, w) float32, pixel_class: (h, w) uint8, pixel_instance: (h, w) int32, see `Truth`; None where not needed.
     """
 
     image: Tensor
     camera: str
     padded_size: tuple[int, int]
+    move: ImageMove
     augmented_from_image: Tensor
     image_from_camera: Tensor
     camera_from_lidar: Tensor
     distortion: Tensor
-    raw_size: tuple[int, int]
+    depth: Tensor | None = None
+    pixel_class: Tensor | None = None
+    pixel_instance: Tensor | None = None
 
 
 def draw_size(size: tuple[int, int], config: ImageAugmentConfig, rng: np.random.Generator) -> tuple[int, int]:
@@ -74,41 +125,36 @@ def change_colours(picture: Image.Image, config: ImageAugmentConfig, rng: np.ran
     return picture
 
 
+def draw_move(
+    raw_size: tuple[int, int], config: ImageAugmentConfig, rng: np.random.Generator, mirrored: bool | None = None
+) -> ImageMove:
+    """Size, window and mirror of one view of an image; `mirrored` takes the place of its coin."""
+    resized = size = draw_size(raw_size, config, rng)
+    top = left = 0
+    if config.crop is not None:
+        size = (min(resized[0], config.crop[0]), min(resized[1], config.crop[1]))
+        top = int(rng.integers(0, resized[0] - size[0], endpoint=True))
+        left = int(rng.integers(0, resized[1] - size[1], endpoint=True))
+    own_coin = bool(rng.random() < config.flip_probability)
+    return ImageMove(raw_size, resized, top, left, size, own_coin if mirrored is None else mirrored)
+
+
 def augment_image(
     camera: Camera, config: ImageAugmentConfig, rng: np.random.Generator, mirrored: bool | None = None
 ) -> ImageSample:
-    """One drawn view of a camera's image, with the matrix that moves its pixels; `mirrored` takes the place of its coin.
-
-    Resizing filters before it shrinks (Pillow's bilinear filter), so that no detail aliases.
-    """
-    raw_size = camera.image.shape[:2]
-    picture = Image.fromarray(camera.image)
-    matrix = torch.eye(3, dtype=torch.float64)
-    size = draw_size(raw_size, config, rng)
-    if size != raw_size:
-        picture = picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-        matrix = resize_matrix(raw_size, size)
-    if config.crop is not None:
-        height, width = min(size[0], config.crop[0]), min(size[1], config.crop[1])
-        top = int(rng.integers(0, size[0] - height, endpoint=True))
-        left = int(rng.integers(0, size[1] - width, endpoint=True))
-        picture = picture.crop((left, top, left + width, top + height))
-        matrix = crop_matrix(top, left) @ matrix
-        size = (height, width)
-    own_coin = rng.random() < config.flip_probability
-    if own_coin if mirrored is None else mirrored:
-        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        matrix = mirror_matrix(size[1]) @ matrix
-    pixels = np.asarray(change_colours(picture, config, rng))
+    """One drawn view of a camera's image, with the matrix that moves its pixels; `mirrored` takes the place of its coin."""
+    height, width = camera.image.shape[:2]
+    move = draw_move((height, width), config, rng, mirrored)
+    pixels = np.asarray(change_colours(move.move_picture(Image.fromarray(camera.image)), config, rng))
     pad = config.pad_multiple
     distortion = np.zeros(5) if camera.distortion is None else camera.distortion
     return ImageSample(
         image=torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))),
         camera=camera.name,
-        padded_size=(-(-size[0] // pad) * pad, -(-size[1] // pad) * pad),
-        augmented_from_image=matrix,
+        padded_size=(-(-move.size[0] // pad) * pad, -(-move.size[1] // pad) * pad),
+        move=move,
+        augmented_from_image=move.matrix(),
         image_from_camera=torch.tensor(camera.image_from_camera, dtype=torch.float64),
         camera_from_lidar=torch.tensor(camera.camera_from_lidar, dtype=torch.float64),
         distortion=torch.tensor(distortion, dtype=torch.float64),
-        raw_size=(raw_size[0], raw_size[1]),
     )

@@ -1,10 +1,13 @@
 """How do batches reach the training loop? Reader, augmentation and order behind one DataLoader.
 
+What is read, drawn and carried is what the method needs (`Needs`), and nothing else.
+
 Nothing in a batch depends on the number of workers. A frame that cannot be used travels as a message inside the batch,
 for an exception would lose its words on the way out of a worker; `BadFrameLimit` decides in the main process what it
 means.
 """
 
+import json
 import logging
 from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
@@ -14,11 +17,13 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from simipu3d.config import merge, parse_block, to_plain
 from simipu3d.contracts.batch import Batch
-from simipu3d.contracts.frame import Frame, FrameReader
+from simipu3d.contracts.frame import EVERYTHING, Frame, FrameReader, Wants
+from simipu3d.contracts.method import Needs
 from simipu3d.data.config import AugmentConfig, DataConfig
 from simipu3d.data.loading.augment import Sample, augment_frame
-from simipu3d.data.loading.collate import NoSample, collate
+from simipu3d.data.loading.collate import Collate, NoSample
 from simipu3d.data.loading.order import EpochSampler, Key, reader_order, sample_seeds
 from simipu3d.errors import BadFrameError, UserError
 from simipu3d.geometry.camera import project_points
@@ -27,15 +32,64 @@ from simipu3d.registry import READERS
 log = logging.getLogger(__name__)
 
 
-def build_reader(config: DataConfig) -> FrameReader:
-    """The reader that `config.name` chooses."""
-    return READERS[config.name].target(config)
+def wants_of(needs: Needs) -> Wants:
+    """What a reader is asked for, so that a method gets what it needs. For `depth` points come along: where a camera has no
+    depth map, they make one."""
+    return Wants(
+        points=needs.point_views > 0 or "depth" in needs.truth,
+        images=needs.image_views > 0,
+        truth=frozenset(needs.truth),
+    )
 
 
-def augment_of(reader: FrameReader, config: DataConfig, index: int) -> AugmentConfig:
-    """How a frame is augmented: as its reader says where it has a say, else as `data.augment` does."""
-    own = getattr(reader, "augment_of", None)
-    return config.augment if own is None else own(index)
+def build_reader(data: DataConfig, wants: Wants = EVERYTHING) -> FrameReader:
+    """The reader that `data.name` chooses, asked for `wants`."""
+    return READERS[data.name].target(data, wants)
+
+
+def check_gives(reader: FrameReader, needs: Needs, data: DataConfig) -> None:
+    """Raise `UserError` when no frame of a data set can have what a method needs. `depth` can be made of points."""
+    missing = [kind for kind in needs.truth if kind != "depth" and kind not in reader.gives]
+    if needs.frames > 1:
+        missing.append(f"samples of {needs.frames} scans")
+    if missing:
+        given = ", ".join(sorted(reader.gives)) or "no ground truth"
+        raise UserError(
+            f"data.name: {data.name}, split {data.split}, has no {' and no '.join(missing)}, which the method needs; it has "
+            f"{given}; choose another data set or split, or another method"
+        )
+
+
+class Augments:
+    """How each frame is augmented: as the `augment:` block says, with what its reader says of this frame over it, and
+    with the middle of the data set's range where a centre is left open.
+
+    Args:
+        reader: the frames.
+        data: the `data:` block.
+        augment: the `augment:` block.
+    """
+
+    def __init__(self, reader: FrameReader, data: DataConfig, augment: AugmentConfig):
+        self.reader, self._augment = reader, augment
+        self._point_range = getattr(data, "point_range", None)  # only data sets that have a range have the key
+        self._known: dict[str, AugmentConfig] = {}
+
+    def of(self, index: int) -> AugmentConfig:
+        """The settings of one frame.
+
+        Raises:
+            UserError: the reader's changes are no valid settings.
+        """
+        changes = self.reader.augment_of(index)
+        key = json.dumps(changes, sort_keys=True)
+        if key not in self._known:
+            merged = self._augment
+            if changes:
+                merged = parse_block("augment", AugmentConfig, merge(to_plain(merged), changes))
+            points = merged.points.centred(self._point_range)
+            self._known[key] = merged.model_copy(update={"points": points})
+        return self._known[key]
 
 
 def check_seen(frame: Frame) -> None:
@@ -58,24 +112,55 @@ def check_seen(frame: Frame) -> None:
         )
 
 
-def example_batch(reader: FrameReader, frame: Frame, config: DataConfig, index: int) -> Batch:
+def check_usable(frame: Frame, needs: Needs) -> None:
+    """Raise `BadFrameError` when a frame has no camera and images are needed, or when no camera sees any of its points and
+    points are to be brought together with images: as views of both, or for a depth map."""
+    if needs.image_views == 0:
+        return
+    if not frame.cameras:
+        raise BadFrameError(
+            f"frame {frame.frame_id}: has no image, which the method needs; take it off the split, or set "
+            "data.on_bad_frame=skip"
+        )
+    depth_of_points = "depth" in needs.truth and any(camera.depth is None for camera in frame.cameras)
+    if needs.point_views or depth_of_points:
+        check_seen(frame)
+
+
+def example_batch(
+    reader: FrameReader, frame: Frame, data: DataConfig, augment: AugmentConfig, needs: Needs, index: int
+) -> Batch:
     """One frame as a training step would get it, for looking at; the draws depend on its index alone."""
-    return collate([augment_frame(frame, augment_of(reader, config, index), sample_seeds(0, 0, index))])
+    settings = Augments(reader, data, augment).of(index)
+    sample = augment_frame(frame, settings, needs, sample_seeds(0, 0, index))
+    return Collate(needs, frame.points.shape[1])([sample])
 
 
-class PairDataset(Dataset[Sample | NoSample]):
+class SampleDataset(Dataset[Sample | NoSample]):
     """Keys of an `EpochSampler` to augmented samples.
 
     Args:
         reader: the frames.
-        config: the `data:` block.
+        data: the `data:` block.
+        augment: the `augment:` block.
+        needs: what the method reads of a sample.
         seed: the run's seed.
         rank, world_size: as given to the sampler.
     """
 
-    def __init__(self, reader: FrameReader, config: DataConfig, seed: int, rank: int = 0, world_size: int = 1):
-        self.reader, self.config, self.seed = reader, config, seed
+    def __init__(
+        self,
+        reader: FrameReader,
+        data: DataConfig,
+        augment: AugmentConfig,
+        needs: Needs,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.reader, self.config, self.needs, self.seed = reader, data, needs, seed
         self.rank, self.world_size = rank, world_size
+        self._augments = Augments(reader, data, augment)
         self._order = lru_cache(maxsize=2)(partial(reader_order, reader, seed))
 
     def __len__(self) -> int:
@@ -114,9 +199,9 @@ class PairDataset(Dataset[Sample | NoSample]):
     def _read(self, epoch: int, position: int, messages: tuple[str, ...]) -> Sample:
         index = int(self._order(epoch)[position])
         frame = self.reader[index]
-        check_seen(frame)
+        check_usable(frame, self.needs)
         seeds = sample_seeds(self.seed, 0 if self.config.freeze_draws else epoch, index)
-        return augment_frame(frame, augment_of(self.reader, self.config, index), seeds, messages)
+        return augment_frame(frame, self._augments.of(index), self.needs, seeds, messages)
 
 
 class BadFrameLimit:
@@ -178,34 +263,49 @@ def check_enough_frames(config: DataConfig, num_frames: int, world_size: int) ->
 
 
 def make_loader(
-    config: DataConfig, seed: int, rank: int = 0, world_size: int = 1, reader: FrameReader | None = None
+    data: DataConfig,
+    augment: AugmentConfig,
+    needs: Needs,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    reader: FrameReader | None = None,
 ) -> DataLoader[Batch]:
     """Batches of one rank. `loader.batch_sampler` is the `EpochSampler`: its `start` sets where the next iteration
     begins.
 
     Args:
-        config: the `data:` block.
+        data: the `data:` block.
+        augment: the `augment:` block.
+        needs: what the method reads of a sample.
         seed: the run's seed.
         rank, world_size: which process of how many.
         reader: the frames, where they have been opened already.
 
     Raises:
-        UserError: fewer frames than one step takes, or whatever opening the data set raises.
+        UserError: fewer frames than one step takes, a data set without what is needed, or whatever opening it raises.
     """
-    reader = build_reader(config) if reader is None else reader
-    check_enough_frames(config, len(reader), world_size)
-    parallel = config.num_workers > 0
+    reader = build_reader(data, wants_of(needs)) if reader is None else reader
+    check_gives(reader, needs, data)
+    check_enough_frames(data, len(reader), world_size)
     return DataLoader(
-        PairDataset(reader, config, seed, rank, world_size),
-        batch_sampler=EpochSampler(len(reader), config.batch_size, rank, world_size),
-        collate_fn=collate,
-        num_workers=config.num_workers,
-        worker_init_fn=start_worker,
-        persistent_workers=parallel,
-        # fork: a worker starts in milliseconds and needs no importable __main__; it is safe here because workers use
-        # one thread, so they never meet a thread pool that did not survive the fork, and never touch the GPU.
-        multiprocessing_context="fork" if parallel else None,
-        pin_memory=torch.cuda.is_available(),
+        SampleDataset(reader, data, augment, needs, seed, rank, world_size),
+        batch_sampler=EpochSampler(len(reader), data.batch_size, rank, world_size),
+        collate_fn=Collate(needs, len(reader.point_columns)),
+        persistent_workers=data.num_workers > 0,
+        **worker_settings(data.num_workers),
         # DataLoader draws a seed an iteration; from here it leaves the global random state alone.
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+def worker_settings(num_workers: int) -> dict[str, Any]:
+    """DataLoader's arguments for reading ahead."""
+    return {
+        "num_workers": num_workers,
+        "worker_init_fn": start_worker,
+        # fork: a worker starts in milliseconds and needs no importable __main__; it is safe here because workers use
+        # one thread, so they never meet a thread pool that did not survive the fork, and never touch the GPU.
+        "multiprocessing_context": "fork" if num_workers > 0 else None,
+        "pin_memory": torch.cuda.is_available(),
+    }

@@ -2,7 +2,7 @@
 
 The order of an epoch is a function of (seed, epoch), the draws of a sample one of (seed, epoch, index). Rank r of w
 takes the positions r, r + w, r + 2w, ... of the epoch's order. Neither workers nor prefetching count: a position is a
-batch that was consumed, and whoever consumes sets it.
+batch that was consumed, and whoever consumes sets it. Evaluation reads in the order of the indices, each frame once.
 """
 
 from collections.abc import Iterator
@@ -36,8 +36,9 @@ def order_rng(seed: int, epoch: int) -> np.random.Generator:
 
 def reader_order(reader: FrameReader, seed: int, epoch: int) -> NDArray[np.int64]:
     """(len(reader),) the indices of an epoch: in the reader's own order where it has one, else a permutation."""
-    own = getattr(reader, "epoch_order", None)
-    order = epoch_order(seed, epoch, len(reader)) if own is None else own(seed, epoch)
+    order = reader.epoch_order(seed, epoch)
+    if order is None:
+        order = epoch_order(seed, epoch, len(reader))
     assert len(order) == len(reader), f"an order of {len(order)} for {len(reader)} frames"
     return order
 
@@ -87,3 +88,29 @@ class EpochSampler(Sampler[list[Key]]):
         for batch in range(first, len(self)):
             steps = range(batch * self.batch_size, (batch + 1) * self.batch_size)
             yield [(epoch, step * self.world_size + self.rank) for step in steps]
+
+
+class EvaluationSampler(Sampler[list[int]]):
+    """Yields one rank's batches of indices, in order; over all ranks every frame comes once.
+
+    The batches are those of one process, dealt out whole: rank r of w takes the batches r, r + w, r + 2w, ... So a batch and
+    its losses do not depend on the number of processes. Where the deal is uneven, the last ranks get an empty batch at the
+    end, so that all take the same number of steps.
+
+    Args:
+        num_frames: length of the data set.
+        batch_size: frames a batch; the last one may hold fewer.
+        rank, world_size: which process of how many.
+    """
+
+    def __init__(self, num_frames: int, batch_size: int, rank: int = 0, world_size: int = 1):
+        self.num_frames, self.batch_size, self.rank, self.world_size = num_frames, batch_size, rank, world_size
+
+    def __len__(self) -> int:
+        num_batches = -(-self.num_frames // self.batch_size)
+        return -(-num_batches // self.world_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(len(self)):
+            first = (step * self.world_size + self.rank) * self.batch_size
+            yield list(range(first, min(first + self.batch_size, self.num_frames)))
