@@ -7,7 +7,7 @@ import pytest
 from simipu3d.config import changed_keys
 from simipu3d.data.config import DataConfig
 from simipu3d.engine.pretrain import build_method
-from simipu3d.engine.settings import load_pretrain_config, parse_pretrain
+from simipu3d.engine.settings import load_settings, parse_settings
 from simipu3d.registry import READERS
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
@@ -15,16 +15,16 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_configuration_is_read_resolved_and_built(path):
-    config = load_pretrain_config(path)
+    config = load_settings(path)
     resolved = config.to_plain()
-    assert parse_pretrain(resolved, "resolved").to_plain() == resolved
+    assert parse_settings(resolved, "resolved").to_plain() == resolved
     assert isinstance(config.data, DataConfig)
     method = build_method(config, READERS[config.data.name].target.point_columns)
     assert any(parameter.requires_grad for parameter in method.parameters())
 
 
 def test_the_released_recipe_differs_from_the_corrected_one_in_these_switches_only():
-    kitti, released = (load_pretrain_config(f"configs/simipu/{name}.yaml") for name in ("kitti", "kitti_released"))
+    kitti, released = (load_settings(f"configs/simipu/{name}.yaml") for name in ("kitti", "kitti_released"))
     assert set(changed_keys(kitti.to_plain(), released.to_plain())) == {
         "data.split",
         "data.augment.point_draw",
@@ -54,7 +54,7 @@ def test_the_released_recipe_differs_from_the_corrected_one_in_these_switches_on
     ["pillar", "pointnet2_msg", "pointnet2_ssg", "sparse_unet34", "voxel_backbone8x", "voxel_res_backbone8x"],
 )
 def test_an_encoder_is_swapped_by_one_word(encoder):
-    config = load_pretrain_config("configs/simipu/kitti.yaml", [f"point_encoder.name={encoder}"])
+    config = load_settings("configs/simipu/kitti.yaml", [f"point_encoder.name={encoder}"])
     method = build_method(config, ("x", "y", "z", "intensity"))
     assert type(method.point_encoder).__module__.startswith("simipu3d.encoders")
     assert config.blocks.point_encoder.name == encoder
@@ -64,7 +64,7 @@ def test_an_encoder_is_swapped_by_one_word(encoder):
     "path", [path for path in CONFIGS if path.parent.name == "image_encoders"], ids=lambda path: path.stem
 )
 def test_an_image_encoder_configuration_changes_the_image_branch_only(path):
-    kitti, mine = (load_pretrain_config(p).to_plain() for p in (Path("configs/simipu/kitti.yaml"), path))
+    kitti, mine = (load_settings(p).to_plain() for p in (Path("configs/simipu/kitti.yaml"), path))
     assert mine["image_encoder"]["name"].startswith(path.stem.split("_")[0])
     changed = {
         ".".join(key.split(".")[:2]) for key in changed_keys(kitti, mine) if key != "data.augment.images.pad_multiple"
@@ -77,7 +77,7 @@ def test_an_image_encoder_configuration_changes_the_image_branch_only(path):
 )
 def test_an_encoder_configuration_changes_the_encoder_only(path):
     """The file is called after the encoder (and its size), and resolves to the corrected recipe in everything else."""
-    kitti, mine = (load_pretrain_config(p).to_plain() for p in (Path("configs/simipu/kitti.yaml"), path))
+    kitti, mine = (load_settings(p).to_plain() for p in (Path("configs/simipu/kitti.yaml"), path))
     assert path.stem.removesuffix("_light") == mine["point_encoder"]["name"]
     assert path.stem.endswith("_light") == (mine["point_encoder"].get("size") == "light")
     assert {key.partition(".")[0] for key in changed_keys(kitti, mine)} <= {"point_encoder"}
@@ -85,7 +85,7 @@ def test_an_encoder_configuration_changes_the_encoder_only(path):
 
 @pytest.mark.parametrize("name", ["nuscenes", "waymo"])
 def test_another_data_set_changes_the_data_only(name):
-    kitti, mine = (load_pretrain_config(f"configs/simipu/{file}.yaml").to_plain() for file in ("kitti", name))
+    kitti, mine = (load_settings(f"configs/simipu/{file}.yaml").to_plain() for file in ("kitti", name))
     assert mine["data"]["name"] == name
     assert {key.partition(".")[0] for key in changed_keys(kitti, mine)} == {"data"}
 
@@ -93,7 +93,7 @@ def test_another_data_set_changes_the_data_only(name):
 def test_the_released_networks_have_their_size():
     """Sizes of the authors' checkpoint: PointNet++ 1,778,432, point heads 2 x 2,234,752, image head 8,663,424, ResNet-50
     trunk 23,508,032."""
-    method = build_method(load_pretrain_config("configs/simipu/kitti_released.yaml"), ("x", "y", "z", "intensity"))
+    method = build_method(load_settings("configs/simipu/kitti_released.yaml"), ("x", "y", "z", "intensity"))
     sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in method.named_children()}
     assert sizes == {
         "point_encoder": 1_778_432,

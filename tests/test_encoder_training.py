@@ -10,7 +10,7 @@ from simipu3d.config import parse_part
 from simipu3d.data.loading.loader import build_reader, make_loader
 from simipu3d.engine.optim import build_optimizer
 from simipu3d.engine.pretrain import build_method
-from simipu3d.engine.settings import load_pretrain_config
+from simipu3d.engine.settings import load_settings
 from simipu3d.errors import UserError
 from simipu3d.registry import POINT_ENCODERS
 
@@ -21,7 +21,7 @@ HIGH = "point_encoder.point_range=[0,-40,-3,70.4,40,9]"
 
 def take_two_steps(path: Path, sets: list[str]) -> None:
     """Finite losses, a finite gradient on every trainable parameter in both steps, and weights that move."""
-    config = load_pretrain_config(path, [*sets, "data.batch_size=2", "data.num_workers=0", "trainer.max_steps=2"])
+    config = load_settings(path, [*sets, "data.batch_size=2", "data.num_workers=0", "trainer.max_steps=2"])
     reader = build_reader(config.data)
     method = build_method(config, reader.point_columns)
     optimizer = build_optimizer(method.branches(), config.optim)
@@ -47,7 +47,7 @@ def take_two_steps(path: Path, sets: list[str]) -> None:
 
 
 def test_every_point_encoder_has_a_configuration():
-    names = {load_pretrain_config(path).blocks.point_encoder.name for path in CONFIGS}
+    names = {load_settings(path).blocks.point_encoder.name for path in CONFIGS}
     assert names == {
         name for name in POINT_ENCODERS.names() if POINT_ENCODERS[name].target.__module__.startswith("simipu3d.")
     }
@@ -68,22 +68,22 @@ BOXES["mixed"] = (-51.2, -51.2, -5, 75.2, 51.2, 4)
 @pytest.mark.parametrize("recipe", BOXES)
 def test_an_encoder_named_in_a_recipe_has_the_bounds_of_its_data(recipe, name):
     """One word swaps the encoder; with another data set's bounds it would see four in ten points of nuScenes."""
-    encoder = load_pretrain_config(SIMIPU / f"{recipe}.yaml", [f"point_encoder.name={name}"])
+    encoder = load_settings(SIMIPU / f"{recipe}.yaml", [f"point_encoder.name={name}"])
     assert encoder.blocks.point_encoder.point_range == BOXES[recipe]
     assert tuple(encoder.to_plain()["point_encoder"]["point_range"]) == BOXES[recipe]
     said = [f"point_encoder={{name: {name}, point_range: [0, 0, 0, 16, 16, 8]}}"]
-    own = load_pretrain_config(SIMIPU / f"{recipe}.yaml", said)
+    own = load_settings(SIMIPU / f"{recipe}.yaml", said)
     assert own.blocks.point_encoder.point_range == (0, 0, 0, 16, 16, 8)
 
 
 def test_encoders_without_bounds_and_data_without_range_stay_as_they_are():
-    own = load_pretrain_config(SIMIPU / "nuscenes.yaml", ["point_encoder.name=sparse_unet34"])
+    own = load_settings(SIMIPU / "nuscenes.yaml", ["point_encoder.name=sparse_unet34"])
     assert own.blocks.point_encoder.point_range is None
     for recipe, sets in (("nuscenes", ["data.point_range=null"]), ("demo", [])):
-        config = load_pretrain_config(SIMIPU / f"{recipe}.yaml", ["point_encoder.name=pillar", *sets])
+        config = load_settings(SIMIPU / f"{recipe}.yaml", ["point_encoder.name=pillar", *sets])
         assert config.blocks.point_encoder.point_range == BOXES["kitti"]
     with pytest.raises(UserError, match=r"whole number of pillars.*data\.point_range") as error:
-        load_pretrain_config(
+        load_settings(
             SIMIPU / "nuscenes.yaml", ["point_encoder.name=pillar", "data.point_range=[-50.01,-50,-5,50,50,3]"]
         )
     assert "\n" not in str(error.value)
@@ -118,7 +118,7 @@ def test_two_steps_on_made_streets(path, streets):
     sets = ["data.name=drive_world", f"data.root={streets}", "data.num_frames=2", "data.beams=32"]
     sets += ["data.augment.images.resize=null", "data.augment.num_points=512"]
     sets += ["image_encoder.name=resnet18", "image_encoder.model_args={channels: [8, 12, 16, 20]}"]
-    keys = set(POINT_ENCODERS[load_pretrain_config(path).blocks.point_encoder.name].config.model_fields)
+    keys = set(POINT_ENCODERS[load_settings(path).blocks.point_encoder.name].config.model_fields)
     sets += [HIGH] if "point_range" in keys and "unet" not in path.stem else []
     sets += ["point_encoder.num_tokens=256"] if "num_tokens" in keys else []
     sets += ["point_encoder.num_points=[256,128,64]"] if "num_points" in keys else []

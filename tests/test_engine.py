@@ -24,12 +24,12 @@ DRIVER = """
 import os, signal, sys, torch
 torch.set_num_threads(1)
 import simipu3d.engine.run as run
-from simipu3d.engine.pretrain import PretrainModule, pretrain
+from simipu3d.engine.pretrain import TrainingModule, pretrain
 
 how, count, cfg, out, *sets = sys.argv[1:]
 calls = 0
 
-def die_at_step(module, batch, batch_index, original=PretrainModule.training_step):
+def die_at_step(module, batch, batch_index, original=TrainingModule.training_step):
     global calls
     calls += 1
     if calls == int(count):
@@ -46,7 +46,7 @@ def die_while_saving(checkpoint, file, original=torch.save):
     os.kill(os.getpid(), signal.SIGKILL)
 
 if how == "step":
-    PretrainModule.training_step = die_at_step
+    TrainingModule.training_step = die_at_step
 else:
     run.torch.save = die_while_saving
 pretrain(cfg, sets, out=run.Path(out), resume="")

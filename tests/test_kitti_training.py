@@ -7,7 +7,7 @@ import torch
 
 from simipu3d.data.loading.loader import build_reader, make_loader
 from simipu3d.engine.pretrain import build_method, pretrain
-from simipu3d.engine.settings import load_pretrain_config
+from simipu3d.engine.settings import load_settings
 
 
 @pytest.mark.slow  # 20 s and 9 GB each on 2 cores
@@ -18,7 +18,7 @@ def test_the_full_recipe_gives_every_trainable_parameter_a_finite_gradient(sampl
     torch.use_deterministic_algorithms(False)  # its filling of fresh memory doubles the time at these sizes
     sets = [f"data.root={samples / 'kitti'}", "data.split=train", "data.batch_size=2", "data.num_workers=0"]
     sets += [f"point_encoder.name={encoder}"] if encoder != "pointnet2_msg" else []
-    config = load_pretrain_config(f"configs/simipu/{recipe}.yaml", sets)
+    config = load_settings(f"configs/simipu/{recipe}.yaml", sets)
     reader = build_reader(config.data)
     method = build_method(config, reader.point_columns)
     metrics = method(next(iter(make_loader(config.data, 0, reader=reader))))

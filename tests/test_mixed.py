@@ -12,7 +12,7 @@ from simipu3d.config import parse_part, to_plain
 from simipu3d.data.loading.loader import augment_of, build_reader, make_loader
 from simipu3d.data.shards.frames import PrepareConfig
 from simipu3d.data.shards.writer import prepare_shards
-from simipu3d.engine.settings import load_pretrain_config
+from simipu3d.engine.settings import load_settings
 from simipu3d.errors import UserError
 from simipu3d.registry import READERS
 
@@ -200,7 +200,7 @@ def test_the_shipped_configuration_mixes_kitti_nuscenes_and_waymo(samples, tmp_p
     places += [f"data.sets.2.root={tmp_path / 'waymo'}", "data.sets.2.split=all", "data.sets.2.load_interval=1"]
     small = ["data.sets.1.version=v1.0-mini", "data.sets.1.split=all", "data.max_bad_fraction=1.0"]
     small += ["data.on_bad_frame=skip", "data.num_workers=0", "data.batch_size=1", "data.augment.num_points=512"]
-    config = load_pretrain_config("configs/simipu/mixed.yaml", [*places, *small]).data
+    config = load_settings("configs/simipu/mixed.yaml", [*places, *small]).data
     reader = build_reader(config)
     assert reader.point_columns == ("x", "y", "z", "intensity")
     assert len(set(reader.shares.tolist())) <= 2

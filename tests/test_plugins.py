@@ -20,7 +20,7 @@ from simipu3d.engine import plugins
 from simipu3d.engine.plugins import load_plugins, require_plugins
 from simipu3d.engine.pretrain import build_method, pretrain
 from simipu3d.engine.run import read_checkpoint
-from simipu3d.engine.settings import load_data_config, load_pretrain_config, parse_pretrain
+from simipu3d.engine.settings import load_data_config, load_settings, parse_settings
 from simipu3d.errors import UserError
 from simipu3d.registry import IMAGE_BACKBONES, POINT_ENCODERS, REGISTRIES
 from simipu3d.tools.export import main as export
@@ -91,10 +91,10 @@ def write(path: Path, raw: dict) -> Path:
 
 
 def test_one_configuration_takes_a_part_of_each_kind(acme, tmp_path):
-    config = load_pretrain_config(write(tmp_path / "acme.yaml", BASE))
+    config = load_settings(write(tmp_path / "acme.yaml", BASE))
     resolved = config.to_plain()
     assert resolved["plugins"] == ["acme_parts"]
-    assert parse_pretrain(resolved, "resolved").to_plain() == resolved
+    assert parse_settings(resolved, "resolved").to_plain() == resolved
     method = build_method(config, build_reader(config.data).point_columns)
     assert type(method.point_encoder).__module__ == "acme_parts.points"
     assert type(method.image_encoder.trunk).__module__ == "acme_parts.image"
@@ -273,7 +273,7 @@ def test_a_plugin_that_fails_is_one_line_that_names_it(fresh, tmp_path, monkeypa
 def test_plugins_are_a_list_of_module_names(fresh, tmp_path, value):
     cfg = write(tmp_path / "a.yaml", {**BASE, "plugins": value})
     with pytest.raises(UserError, match=r"a.yaml: plugins: expected a list of module names, like \[my_package\]"):
-        load_pretrain_config(cfg)
+        load_settings(cfg)
     with pytest.raises(UserError, match=r"c\.ckpt: plugins: expected a list"):
         require_plugins(value, "c.ckpt")
 
@@ -281,14 +281,14 @@ def test_plugins_are_a_list_of_module_names(fresh, tmp_path, value):
 def test_a_missing_plugin_says_how_to_give_it(fresh, tmp_path):
     for name in ("strange_missing", "strange_missing.inner", "simipu3d.strange"):
         with pytest.raises(UserError, match=rf"plugins: {name}: no such module; install its package, or .* PYTHONPATH"):
-            load_pretrain_config(write(tmp_path / "a.yaml", {**BASE, "plugins": [name]}))
+            load_settings(write(tmp_path / "a.yaml", {**BASE, "plugins": [name]}))
 
 
 def test_a_file_that_names_a_module_never_imports_it(fresh, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "strange_marker.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(UserError, match=r"was made with the plugin strange_marker.*if you trust it"):
-        parse_pretrain({**BASE, "plugins": ["strange_marker"]}, "some.ckpt")
+        parse_settings({**BASE, "plugins": ["strange_marker"]}, "some.ckpt")
     assert not (tmp_path / "ran").exists()
     load_plugins(["strange_marker"], "the user")
     assert (tmp_path / "ran").exists()
@@ -305,13 +305,13 @@ def test_names_of_parts_show_which_plugin_is_behind(acme):
 
 INSTALLED = """
 import sys
-from simipu3d.engine.settings import load_pretrain_config, parse_pretrain
+from simipu3d.engine.settings import load_settings, parse_settings
 from simipu3d.tools.pretrain import main
-config = load_pretrain_config(sys.argv[1])
+config = load_settings(sys.argv[1])
 assert config.plugins == (), config.plugins
 assert config.to_plain()["plugins"] == ["acme_parts"], config.to_plain()["plugins"]
-assert parse_pretrain(config.to_plain(), "a checkpoint").plugins == ("acme_parts",)
-assert "plugins" not in load_pretrain_config("configs/simipu/kitti.yaml").to_plain()
+assert parse_settings(config.to_plain(), "a checkpoint").plugins == ("acme_parts",)
+assert "plugins" not in load_settings("configs/simipu/kitti.yaml").to_plain()
 sys.path.insert(0, sys.argv[2])
 sys.exit(main(["--cfg", sys.argv[1], "--out", "never"]))
 """

@@ -7,6 +7,8 @@ import pytest
 import torch
 from helpers import batch_of, small_method
 
+from simipu3d.config import parse_block, to_plain
+from simipu3d.engine.callbacks import pictures_of
 from simipu3d.errors import UserError
 from simipu3d.methods.simipu import SimIPU
 
@@ -82,18 +84,18 @@ def test_invisible_tokens_never_enter_the_loss():
     behind[::2, 0] *= -1
     batch = replace(batch, views=(replace(batch.views[0], points=behind), batch.views[1]))
     embedded = small_method().embed(batch)
-    assert embedded.used.visible.all()
-    assert (embedded.xyz[0][embedded.used.token, 0] > 0).all()
+    assert embedded.inter.used.visible.all()
+    assert (embedded.first.xyz[embedded.inter.used.token, 0] > 0).all()
     kept = small_method(matching={"invisible": "keep"}).embed(batch)
-    assert len(kept.used.token) == len(kept.tokens[0].xyz)
-    assert not kept.used.visible.all()
+    assert len(kept.inter.used.token) == len(kept.first.xyz)
+    assert not kept.inter.used.visible.all()
 
 
 def test_a_batch_without_a_visible_point_costs_nothing_and_still_has_gradients():
     batch = batch_of([1, 2])
-    away = replace(
-        batch.images, camera_from_lidar=batch.images.camera_from_lidar * torch.tensor([-1.0, 1, -1, 1])[:, None]
-    )
+    images = batch.images[0]
+    turned = images.camera_from_lidar * torch.tensor([-1.0, 1, -1, 1])[:, None]
+    away = (replace(images, camera_from_lidar=turned),)
     metrics = small_method(contrast={"dim": 8})(replace(batch, images=away))
     assert float(metrics["inter_loss"]) == 0
     method = small_method()
@@ -114,8 +116,8 @@ def test_an_empty_scene_makes_no_pair():
             )
         )
     embedded = small_method().embed(replace(batch, views=tuple(views)))
-    assert (embedded.tokens[0].batch_index == 1).all()
-    assert (embedded.used.image == 1).all()
+    assert (embedded.first.tokens.batch_index == 1).all()
+    assert (embedded.inter.used.image == 1).all()
 
 
 def test_turning_the_second_view_moves_no_match():
@@ -130,13 +132,13 @@ def test_turning_the_second_view_moves_no_match():
         augmented_from_lidar=turn @ second.augmented_from_lidar,
     )
     one, two = small_method().embed(first), small_method().embed(replace(first, views=(first.views[0], turned)))
-    assert torch.equal(one.pairs.first, two.pairs.first)
-    assert torch.equal(one.pairs.second, two.pairs.second)
+    assert torch.equal(one.intra.pairs.first, two.intra.pairs.first)
+    assert torch.equal(one.intra.pairs.second, two.intra.pairs.second)
 
 
 def test_copies_of_a_point_are_told_apart_from_others():
     embedded = small_method().embed(batch_of([1, 2]))
-    tokens, copies = embedded.tokens[0], embedded.copies[0]
+    tokens, copies = embedded.first.tokens, embedded.first.copies
     same = copies[:, None] == copies[None]
     expected = (tokens.batch_index[:, None] == tokens.batch_index[None]) & (
         tokens.source_index[:, None] == tokens.source_index[None]
@@ -157,15 +159,32 @@ def test_unknown_names_are_one_line():
 
 def test_blocks_are_read_and_written_alike():
     method = small_method()
-    from simipu3d.config import to_plain
-
-    assert SimIPU.parse_blocks(to_plain(method.config)) == method.config
+    assert parse_block("", SimIPU.Config, to_plain(method.config)) == method.config
 
 
 def test_pictures_leave_weights_and_statistics_alone():
     method, batch = small_method(), batch_of([1, 2])
     before = {name: value.clone() for name, value in method.state_dict().items()}
-    drawn = method.pictures(batch)
+    drawn = pictures_of(method, batch)
     assert set(drawn) == {"matches", "projected_tokens", "features"}
     assert method.training
     assert all(torch.equal(before[name], value) for name, value in method.state_dict().items())
+
+
+@pytest.mark.parametrize("weights", [{"intra_weight": 0.0}, {"inter_weight": 0.0}])
+def test_a_loss_without_weight_leaves_no_half_of_itself(weights):
+    """The paper's Table 5 rows: rows, pictures and metrics name the other task alone."""
+    method, batch = small_method(contrast={"dim": 8, **weights}), batch_of([1, 2])
+    other = "inter" if "intra_weight" in weights else "intra"
+    assert set(method.rows(batch)) == {other}
+    assert {name for name in method(batch) if name.endswith("_loss")} == {f"{other}_loss"}
+    assert ("matches" in pictures_of(method, batch)) == (other == "intra")
+    assert method.needs_of(method.config).image_views == (1 if other == "inter" else 0)
+
+
+def test_rows_are_what_the_loss_compares():
+    method, batch = small_method().eval(), batch_of([1, 2, 3])
+    metrics, rows = method(batch), method.rows(batch)
+    for name, (query, key, ids, batch_index) in rows.items():
+        assert len(query) == len(key) == len(ids) == len(batch_index) == int(metrics[f"{name}_rows"])
+        assert query.shape[1] == 8

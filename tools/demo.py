@@ -17,7 +17,7 @@ from rich.table import Table
 from simipu3d.command_line import add_config_arguments, run
 from simipu3d.engine.pretrain import pretrain
 from simipu3d.engine.run import write_whole
-from simipu3d.engine.settings import load_pretrain_config
+from simipu3d.engine.settings import load_settings
 from simipu3d.errors import UserError
 from simipu3d.export.image.write import export_image
 from simipu3d.pictures import save_png
@@ -28,10 +28,11 @@ def show(report: RunReport) -> None:
     """Print what was measured."""
     console = Console(width=None if sys.stdout.isatty() else 150)
     tasks = Table("held-out streets", "loss", "ceiling ln(N)", "top-1", "chance", title="Contrastive tasks")
-    names = {"intra": "intra-modal: token to token", "inter": "inter-modal: pixel to token"}
-    for name, (top1, chance) in report.retrieval.items():
-        loss, ceiling = report.losses[name]
-        tasks.add_row(names[name], f"{loss:.2f}", f"{ceiling:.2f}", f"{top1:.2%}", f"{chance:.2%}")
+    words = {"intra": "intra-modal: token to token", "inter": "inter-modal: pixel to token"}
+    for name, task in report.tasks.items():
+        tasks.add_row(
+            words.get(name, name), f"{task.loss:.2f}", f"{task.ceiling:.2f}", f"{task.top1:.2%}", f"{task.chance:.2%}"
+        )
     heading, *rows = report.table.text_rows()
     table = report.table
     probe = Table(
@@ -48,7 +49,7 @@ def show(report: RunReport) -> None:
 def body(args: argparse.Namespace) -> None:
     """All steps in order."""
     start = time.perf_counter()
-    if load_pretrain_config(args.cfg, args.set).data.name != "drive_world":
+    if load_settings(args.cfg, args.set).data.name != "drive_world":
         raise UserError(
             f"{args.cfg}: the demonstration needs depth and classes of every pixel, so data.name=drive_world"
         )
@@ -60,7 +61,7 @@ def body(args: argparse.Namespace) -> None:
     picture = save_png(out / "demo.png", report.picture)
     folder = out / "backbone_timm"
     export_image(out / "checkpoints" / "last.ckpt", "timm", folder, overwrite=True)
-    result = {"retrieval": report.retrieval, "losses": report.losses, "probe": report.table.as_dict()}
+    result = {"tasks": {name: task._asdict() for name, task in report.tasks.items()}, "probe": report.table.as_dict()}
     result |= {"seconds": {"pre-training": trained - start, "all": time.perf_counter() - start}}
     write_whole(out / "demo.json", json.dumps(result, indent=1))
     print(f"pre-training took {trained - start:.0f} s, everything {time.perf_counter() - start:.0f} s")

@@ -1,30 +1,33 @@
 """`python tools/inspect_data.py --cfg FILE`: what does a configuration read? Pages to look at, or a check of every frame.
 
-Only the `data:` block is read. Of each frame two pages are written: the frame as it was read (projected points and
+Only the `data:` and `augment:` blocks are read. Of each frame two pages are written: the frame as it was read (projected points and
 boxes in all cameras, the scan from above) and what augmentation makes of it (two views with matches, the augmented images
-with their points). `--check N` draws nothing and tells every problem that it finds in N frames.
+with their points). `--check N` draws nothing and reports every problem that it finds in N frames.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import track
 
 from simipu3d.command_line import add_config_arguments, print_table, run
+from simipu3d.contracts.method import Needs
 from simipu3d.data.check import as_on_disk, check_frames, collect, frame_count, spread_indices, summary
-from simipu3d.data.loading import loader as module
-from simipu3d.engine.settings import load_data_config
+from simipu3d.data.loading import loader
+from simipu3d.engine.settings import load_data_settings
 from simipu3d.errors import BadFrameError, UserError
 from simipu3d.pictures.frames import FrameFacts, write_pages
 
 
 def inspect(args: argparse.Namespace) -> None:
     """Write the pages and print the table, or check frames."""
-    config = load_data_config(args.cfg, args.set)
-    reader = module.build_reader(config if args.check is None else as_on_disk(config))
+    settings = load_data_settings(args.cfg, args.set)
+    config = settings.data
+    reader = loader.build_reader(config if args.check is None else as_on_disk(config))
     title = f"{config.name}, split {config.split}: {len(reader)} frames"
     if args.num < 1 or len(reader) == 0:
         raise UserError(f"nothing to read: --num is {args.num}, and split {config.split} has {len(reader)} frames")
@@ -35,20 +38,24 @@ def inspect(args: argparse.Namespace) -> None:
     for index in spread_indices(args.num, len(reader)):
         try:
             frame = reader[index]
-            if len(frame.points):  # none where a reader is told to read images and boxes alone
-                module.check_seen(frame)
+            if len(frame.points):  # none where a reader is asked for images and boxes alone
+                loader.check_seen(frame)
         except BadFrameError as error:
             if config.on_bad_frame == "raise":
                 raise
             print(f"skipped: {error}", file=sys.stderr)
             continue
-        batch = module.example_batch(reader, frame, config, index) if len(frame.points) else None
+        truth: tuple[Literal["boxes"], ...] = () if frame.boxes is None else ("boxes",)
+        needs = Needs(point_views=2, image_views=1 if frame.cameras else 0, truth=truth)
+        batch = (
+            loader.example_batch(reader, frame, config, settings.augment, needs, index) if len(frame.points) else None
+        )
         facts.append(write_pages(out, frame, batch))
     print_table(FrameFacts._fields, facts, title)
     print(f"pages of {len(facts)} frames in {out}")
 
 
-def check(reader: module.FrameReader, number: int, num_workers: int, title: str) -> None:
+def check(reader: loader.FrameReader, number: int, num_workers: int, title: str) -> None:
     """Read frames, print every problem and a summary; problems are an error."""
     indices = spread_indices(number, len(reader))
     checks, console = check_frames(reader, indices, num_workers), Console(stderr=True)
@@ -70,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--check",
         type=frame_count,
         metavar="N",
-        help="draw nothing; read N frames, spread over the split (all or 0: every frame), and tell every problem",
+        help="draw nothing; read N frames, spread over the split (all or 0: every frame), and report every problem",
     )
     parser.add_argument("--out", metavar="DIR", help="folder for the pages (default: runs/inspect-<configuration>)")
     return run(parser, inspect, argv)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from simipu3d.command_line import add_config_arguments, run
 from simipu3d.data.shards.verify import verify_shards
 from simipu3d.data.shards.writer import prepare_shards
-from simipu3d.engine.settings import load_prepare_config
+from simipu3d.engine.settings import load_data_settings
 from simipu3d.errors import UserError
 
 EXAMPLES = """examples:
@@ -32,7 +32,8 @@ def body(args: argparse.Namespace) -> None:
         return
     if args.cfg is None:
         raise UserError("--cfg: which configuration says what to read? Only --verify goes without")
-    data, prepare = load_prepare_config(args.cfg, args.set)
+    settings = load_data_settings(args.cfg, args.set)
+    data, prepare = settings.data, settings.prepare
     manifest = prepare_shards(data, prepare, args.out, args.workers)
     size = sum(shard.bytes for shard in manifest.shards)
     print(

@@ -33,9 +33,9 @@ def check_range(key: str, low: float, high: float) -> None:
 class ImageAugmentConfig(PartConfig):
     """The `augment.images:` block; every view of every image gets its own draw, in the order of the keys."""
 
-    resize: Literal["long_short", "factor"] | None = "long_short"
+    resize: Literal["long_short", "factor"] | None = None
     """`long_short`: edges drawn from long_edge and short_edge, aspect kept (released code); `factor`: a factor drawn
-    from resize_factor; null: the size stays."""
+    from resize_factor; null: the size stays. Default: it stays."""
     long_edge: tuple[PositiveInt, PositiveInt] = (640, 2400)
     """With `resize: long_short`: smallest and largest limit of the longer edge, pixels (released code)."""
     short_edge: tuple[PositiveInt, PositiveInt] = (192, 720)

@@ -3,6 +3,7 @@
 import json
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Len, Lt, MinLen
@@ -126,11 +127,8 @@ def _words(annotation: Any) -> str:
         return "list" if origin is list else "block"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "block"
-    plain = {int: "integer", float: "number", str: "text", bool: "true or false"}
-    return plain.get(
-        annotation,
-        "text" if getattr(annotation, "__name__", "") == "Path" else getattr(annotation, "__name__", str(annotation)),
-    )
+    plain = {int: "integer", float: "number", str: "text", bool: "true or false", Path: "path"}
+    return plain.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

@@ -18,7 +18,7 @@ from simipu3d.engine.callbacks import average
 from simipu3d.engine.optim import build_optimizer
 from simipu3d.engine.run import git_commit
 from simipu3d.engine.settings import Settings
-from simipu3d.errors import BadFrameError, UserError
+from simipu3d.errors import UserError
 from simipu3d.registry import SCHEDULES
 
 log = logging.getLogger(__name__)
@@ -131,9 +131,6 @@ class TrainingModule(pl.LightningModule):
         self._measured = []
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        for messages, _ in self._all_found(batch):
-            if messages:
-                raise BadFrameError(f"validate: {messages[0]}")
         number = batch_idx * self.trainer.world_size + self.global_rank  # of the batch, as one process counts them
         seed_step(self.settings.seed, 0, number, 0)
         metrics = {name: float(value) for name, value in self.method(batch).items()}

@@ -14,16 +14,26 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from simipu3d.contracts.batch import Batch, ImageView, PointView
-from simipu3d.contracts.frame import Camera, Frame
+from simipu3d.contracts.frame import Boxes, Camera, Frame
 from simipu3d.errors import UserError
+from simipu3d.geometry.boxes import BOX_EDGES, box_corners, move_boxes
 from simipu3d.geometry.camera import inside_image, move_pixels, project_points, resize_matrix
 from simipu3d.geometry.transforms import transform_points
-from simipu3d.pictures.bird_eye import bird_eye
-from simipu3d.pictures.canvas import Picture, draw_dots, enlarge, enlarged_pixels, fitting_scale, mosaic, save_png
+from simipu3d.pictures.bird_eye import BOX_COLOUR, bird_eye
+from simipu3d.pictures.canvas import (
+    Picture,
+    draw_dots,
+    draw_lines,
+    enlarge,
+    enlarged_pixels,
+    fitting_scale,
+    mosaic,
+    save_png,
+)
 from simipu3d.pictures.colours import colour_scale, depth_as_colours, depth_colours
 from simipu3d.pictures.features import class_as_colours
 from simipu3d.pictures.matches import draw_matches
-from simipu3d.pictures.overlay import draw_boxes, overlay_points, project
+from simipu3d.pictures.overlay import draw_boxes, overlay_points, project, project_edges
 from simipu3d.pictures.page import page
 
 NUM_TOKENS = 256
@@ -214,6 +224,39 @@ def overlay_view(view: PointView, images: ImageView, image: int, *, max_depth: f
     return draw_dots(picture, places, colours, max(1.5, picture.shape[1] / 500))
 
 
+def view_boxes(batch: Batch, view: int | None) -> Boxes:
+    """The boxes of a batch's first frame in the frame of one of its point views, or (None) in the lidar frame."""
+    boxes = batch.truth.boxes if batch.truth is not None else None
+    if boxes is None:
+        return Boxes(np.zeros((0, 3)), np.zeros((0, 3)), np.zeros(0), ())
+    own = (boxes.batch_index == 0).numpy()
+    matrix = np.eye(4) if view is None else batch.views[view].augmented_from_lidar[0].numpy()
+    if batch.views:
+        matrix = matrix @ np.linalg.inv(batch.views[0].augmented_from_lidar[0].numpy())
+    center, size, yaw, _ = move_boxes(
+        boxes.center.numpy()[own], boxes.size.numpy()[own], boxes.yaw.numpy()[own], None, matrix
+    )
+    return Boxes(center, size, yaw, tuple(name for name, mine in zip(boxes.names, own, strict=True) if mine))
+
+
+def draw_view_boxes(picture: Picture, batch: Batch, image: int, scale: int) -> Picture:
+    """A batch's boxes on an augmented image of its first frame, which was enlarged `scale` times: projected through the
+    calibration of the original image, then moved with it."""
+    images, boxes = batch.images[0], view_boxes(batch, None)
+    height, width = images.raw_size[image].tolist()
+    camera = Camera(
+        images.camera_names[image],
+        np.broadcast_to(np.uint8(0), (height, width, 3)),
+        images.image_from_camera[image].numpy(),
+        images.camera_from_lidar[image].numpy(),
+        images.distortion[image].numpy(),
+    )
+    edges = box_corners(boxes.center, boxes.size, boxes.yaw)[:, np.array(BOX_EDGES)].reshape(-1, 2, 3)
+    segments, _ = project_edges(camera, edges)
+    moved = move_pixels(images.augmented_from_image[image], torch.from_numpy(segments.reshape(-1, 2))).numpy()
+    return draw_lines(picture, enlarged_pixels(moved, scale).reshape(-1, 2, 2), BOX_COLOUR, 2.0)
+
+
 def views_page(batch: Batch) -> Picture:
     """A page for the first frame of a batch: both point views with matches, and its images with both views' points."""
     first, second = batch.views
@@ -224,15 +267,28 @@ def views_page(batch: Batch) -> Picture:
     matches = draw_matches(xyz_a, xyz_b, pairs, distance, points_a=points[0], points_b=points[1], poses=poses)
     caption = f"first view left ({len(points[0])} points), second right ({len(points[1])}); nearest partner in the lidar frame"
     rows = [(f"Frame {batch.frame_ids[0]}: two views, {shared:.0%} of the points in both", [(caption, matches)])]
-    own = torch.nonzero(batch.images.batch_index == 0).flatten().tolist()
+    if batch.truth is not None and batch.truth.boxes is not None:
+        drawn = [
+            (
+                f"{name} view with the boxes that moved along",
+                bird_eye(own, view_boxes(batch, number), augmented_from_lidar=pose),
+            )
+            for number, (name, own, pose) in enumerate(zip(("first", "second"), points, poses, strict=True))
+        ]
+        rows.append(("", drawn))
+    if not batch.images:
+        return page(rows)
+    images = batch.images[0]
+    own = torch.nonzero(images.batch_index == 0).flatten().tolist()
     for group in [own] if len(own) > 2 else [[image] for image in own]:
-        names = [batch.images.camera_names[image] for image in group]
+        names = [images.camera_names[image] for image in group]
         pictures = []
         for name, view in (("first", first), ("second", second)):
-            widths = batch.images.image_size[group, 1].tolist()
+            widths = images.image_size[group, 1].tolist()
             scales = [max(850, *widths) // width for width in widths]
             drawn = [
-                overlay_view(view, batch.images, image, scale=scale) for image, scale in zip(group, scales, strict=True)
+                draw_view_boxes(overlay_view(view, images, image, scale=scale), batch, image, scale)
+                for image, scale in zip(group, scales, strict=True)
             ]
             pictures.append((f"augmented {', '.join(names)}: points of the {name} view", mosaic(drawn, names)[0]))
         rows.extend([("", [picture]) for picture in pictures] if len(group) > 1 else [("", pictures)])

@@ -4,27 +4,23 @@ The streets of `val` give the labelled frames, those of `test` are scored; pre-t
 """
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from simipu3d.contracts.batch import Batch
 from simipu3d.contracts.frame import Frame, FrameReader
+from simipu3d.contracts.method import DataInfo, Method
 from simipu3d.contracts.tokens import FeatureMap
-from simipu3d.data.loading.augment import augment_frame
-from simipu3d.data.loading.collate import collate
-from simipu3d.data.loading.loader import build_reader
-from simipu3d.data.loading.order import sample_seeds
+from simipu3d.data.loading.loader import build_reader, make_loader, wants_of
 from simipu3d.encoders.image import ImageEncoder
 from simipu3d.engine.pretrain import build_method
 from simipu3d.engine.run import read_checkpoint
-from simipu3d.engine.settings import PretrainConfig, parse_pretrain
-from simipu3d.methods.drawing import draw_pixel_pairs, draw_token_pairs
-from simipu3d.methods.simipu import SimIPU
+from simipu3d.engine.settings import Settings, parse_settings
+from simipu3d.errors import UserError
 from simipu3d.pictures import depth_as_colours, features_as_colours, overlay_points, page
 from simipu3d.probe.linear import (
     Encoder,
@@ -44,33 +40,52 @@ NUM_SHOWN = 3
 """Held-out frames that are drawn."""
 
 
+class Task(NamedTuple):
+    """One contrastive task on held-out frames: its loss beside the ceiling ln N, its top-1 beside chance."""
+
+    loss: float
+    ceiling: float
+    top1: float
+    chance: float
+
+
 @dataclass(frozen=True, eq=False)
 class RunReport:
     """What `report_run` found.
 
     Attributes:
-        retrieval: loss name -> (top-1 on held-out frames, chance).
-        losses: loss name -> (held-out loss, its ceiling ln N).
+        tasks: the method's contrastive tasks by name.
         table: the linear probe.
         picture: (H, W, 3), a page to look at.
     """
 
-    retrieval: dict[str, tuple[float, float]]
-    losses: dict[str, tuple[float, float]]
+    tasks: dict[str, Task]
     table: ProbeTable
     picture: np.ndarray
 
 
-def load_run(run: Path) -> tuple[PretrainConfig, SimIPU, FrameReader]:
+def load_run(run: Path) -> tuple[Settings, Method, FrameReader]:
     """Configuration, trained method in evaluation mode, and training data of a run directory."""
     checkpoint = read_checkpoint(run / "checkpoints" / "last.ckpt")
-    config = parse_pretrain(checkpoint["simipu3d"]["config"], str(run))
-    reader = build_reader(config.data)
-    method = build_method(config, reader.point_columns)
+    settings = parse_settings(checkpoint["simipu3d"]["config"], str(run))
+    reader = build_reader(settings.data, wants_of(settings.needs))
+    method = build_method(settings, DataInfo(tuple(reader.point_columns), tuple(reader.class_names)))
     prefix = "method."
     state = {name.removeprefix(prefix): value for name, value in checkpoint["state_dict"].items()}
     method.load_state_dict(state)
-    return config, method.eval(), reader
+    return settings, method.eval(), reader
+
+
+def image_encoder_of(method: Method, run: Path) -> ImageEncoder:
+    """The one image encoder of a method.
+
+    Raises:
+        UserError: it has none.
+    """
+    found = [module for module in method.modules() if isinstance(module, ImageEncoder)]
+    if not found:
+        raise UserError(f"{run}: the method has no image encoder, so its image features cannot be probed")
+    return found[0]
 
 
 def encoder_of(model: ImageEncoder, calibration: Tensor) -> Encoder:
@@ -85,58 +100,44 @@ def encoder_of(model: ImageEncoder, calibration: Tensor) -> Encoder:
     return torch.no_grad()(encode)
 
 
-def batches(config: PretrainConfig, reader: FrameReader) -> Iterator[Batch]:
-    """The held-out frames, augmented as in training by draws of their own."""
-    size = config.data.batch_size
-    for first in range(0, len(reader) - size + 1, size):
-        samples = [
-            augment_frame(reader[index], config.data.augment, sample_seeds(config.seed, 0, index))
-            for index in range(first, first + size)
-        ]
-        yield collate(samples)
-
-
 @torch.no_grad()
-def retrieve(
-    config: PretrainConfig, method: SimIPU, reader: FrameReader
-) -> tuple[dict[str, tuple[float, float]], dict[str, tuple[float, float]]]:
-    """Top-1 of both tasks on held-out batches against chance, and their losses beside the ceilings (means)."""
-    found: dict[str, list[tuple[float, float]]] = {"intra": [], "inter": []}
-    losses: dict[str, list[tuple[float, float]]] = {"intra": [], "inter": []}
-    for batch in batches(config, reader):
-        embedded = method.embed(batch)
+def held_out_tasks(settings: Settings, method: Method, reader: FrameReader) -> dict[str, Task]:
+    """Every contrastive task of a method on held-out frames, augmented as in training by draws of their own (means over
+    full batches)."""
+    loader = make_loader(settings.data, settings.augment, settings.needs, settings.seed, reader=reader)
+    found: dict[str, list[Task]] = {}
+    for batch in loader:
         metrics = method(batch)
-        intra_ids = embedded.copies[0][embedded.pairs.first]
-        inter_ids = embedded.copies[0][embedded.used.token]
-        for name, (query, key), ids in (("intra", embedded.intra, intra_ids), ("inter", embedded.inter, inter_ids)):
-            found[name].append((retrieval_top1(query, key, ids), chance_top1(ids)))
-            losses[name].append((float(metrics[f"{name}_loss"]), float(metrics[f"{name}_ceiling"])))
-    return _means(found), _means(losses)
+        for name, rows in method.rows(batch).items():
+            top1, chance = retrieval_top1(rows.query, rows.key, rows.ids), chance_top1(rows.ids)
+            loss, ceiling = float(metrics[f"{name}_loss"]), float(metrics[f"{name}_ceiling"])
+            found.setdefault(name, []).append(Task(loss, ceiling, top1, chance))
+    return {name: Task(*np.mean(tasks, axis=0).tolist()) for name, tasks in found.items()}
 
 
-def _means(values: dict[str, list[tuple[float, float]]]) -> dict[str, tuple[float, float]]:
-    return {name: tuple(np.mean(pairs, axis=0).tolist()) for name, pairs in values.items()}
-
-
-def _split(config: PretrainConfig, split: str, num_frames: int) -> FrameReader:
-    data = config.data.model_copy(update={"split": split, "num_frames": num_frames})
+def _split(settings: Settings, split: str, num_frames: int) -> FrameReader:
+    data = settings.data.model_copy(update={"split": split, "num_frames": num_frames})
     reader = build_reader(data)
     reader.prepare()
     return reader
 
 
 def report_run(run: Path, *, num_labelled: int = 160, num_held_out: int = 152, num_labels: int = 40) -> RunReport:
-    """Measure a finished SimIPU run on drive_world.
+    """Measure a finished run on drive_world.
 
     Args:
         run: its folder.
         num_labelled: frames that label subsets are drawn from.
         num_held_out: frames that are scored.
         num_labels: labelled frames that a probe sees.
+
+    Raises:
+        UserError: the method has no image encoder.
     """
-    config, method, reader = load_run(run)
-    labelled_reader = _split(config, "val", num_labelled)
-    held_out_reader = _split(config, "test", num_held_out)
+    settings, method, reader = load_run(run)
+    own = image_encoder_of(method, run)
+    labelled_reader = _split(settings, "val", num_labelled)
+    held_out_reader = _split(settings, "test", num_held_out)
     labelled = gather_data((labelled_reader[i] for i in range(num_labelled)), labelled_reader.class_names)
     held_out = gather_data((held_out_reader[i] for i in range(num_held_out)), held_out_reader.class_names)
     step = max(1, len(reader) // NUM_CALIBRATION)
@@ -145,47 +146,42 @@ def report_run(run: Path, *, num_labelled: int = 160, num_held_out: int = 152, n
 
     def random(seed: int) -> Encoder:
         torch.manual_seed(seed)
-        return encoder_of(ImageEncoder(config.blocks.image_encoder, map=config.blocks.matching.map), calibration)
+        return encoder_of(ImageEncoder(own.config), calibration)
 
-    trained = encoder_of(method.image_encoder, calibration)
+    trained = encoder_of(own, calibration)
     table = probe_table(labelled, held_out, pretrained=trained, random=random, num_labels=num_labels)
-    retrieval, losses = retrieve(config, method, held_out_reader)
-    picture = draw_page(config, method, held_out_reader, labelled.subset(np.arange(num_labels)), random(0), trained)
-    return RunReport(retrieval, losses, table, picture)
+    tasks = held_out_tasks(settings, method, held_out_reader)
+    picture = draw_page(settings, method, held_out_reader, labelled.subset(np.arange(num_labels)), random(0), trained)
+    return RunReport(tasks, table, picture)
 
 
 @torch.no_grad()
 def draw_page(
-    config: PretrainConfig,
-    method: SimIPU,
+    settings: Settings,
+    method: Method,
     reader: FrameReader,
     labelled: ProbeData,
     random: Encoder,
     trained: Encoder,
 ) -> np.ndarray:
-    """Streets, projected points, matches, features before and after, and the depth that the probe reads from both."""
+    """Streets, projected points, what the method draws of a batch, features before and after, and the depth that the probe
+    reads from both."""
     shown = np.linspace(0, len(reader) - 1, NUM_SHOWN).round().astype(int)
     frames: list[Frame] = [reader[index] for index in shown.tolist()]
     cameras = [frame.cameras[0] for frame in frames]
     images = torch.from_numpy(np.stack([camera.image for camera in cameras])).permute(0, 3, 1, 2).contiguous()
-    size = config.data.batch_size
-    samples = [augment_frame(reader[i], config.data.augment, sample_seeds(config.seed, 0, i)) for i in range(size)]
-    batch = collate(samples)
-    embedded = method.embed(batch)
-    streets = [("", camera.image) for camera in cameras]
-    points = [
-        ("", overlay_points(camera, frame.points, scale=3)) for camera, frame in zip(cameras, frames, strict=True)
-    ]
+    batch = next(iter(make_loader(settings.data, settings.augment, settings.needs, settings.seed, reader=reader)))
+    drawn = method.pictures(batch)
     rows = [
-        ("held-out streets of drive_world", streets),
-        ("their lidar points, projected; near is warm", points),
+        ("held-out streets of drive_world", [("", camera.image) for camera in cameras]),
         (
-            "tokens matched between two augmented views (left), and tokens with their pixels (right)",
+            "their lidar points, projected; near is warm",
             [
-                ("", draw_token_pairs(batch, embedded.tokens, embedded.pairs)),
-                ("", draw_pixel_pairs(batch, embedded.tokens[0], embedded.used)),
+                ("", overlay_points(camera, frame.points, scale=3))
+                for camera, frame in zip(cameras, frames, strict=True)
             ],
         ),
+        ("what the method compares: " + ", ".join(name.replace("_", " ") for name in drawn), [*drawn.items()]),
     ]
     depth_rows = [("true depth", [("", depth_as_colours(camera.depth)) for camera in cameras])]
     for name, encode in (("before", random), ("after", trained)):

@@ -1,5 +1,5 @@
-"""A point encoder, two image backbones, an assignment and a data set for simipu3d. Importing this package registers them."""
+"""Parts of every kind for simipu3d: a point encoder, two image backbones, an assignment, a data set, a method."""
 
-from acme_parts import assignment, data, image, points
+from acme_parts import assignment, data, image, method, points
 
-__all__ = ["assignment", "data", "image", "points"]
+__all__ = ["assignment", "data", "image", "method", "points"]
