@@ -5,6 +5,8 @@ Every function raises `BadFrameError` that names the file, what was found in it 
 
 import io
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -61,9 +63,40 @@ def read_npy(path: Path) -> NDArray:
 
 def decode_image(content: bytes, source: str) -> NDArray[np.uint8]:
     """(H, W, 3) uint8 RGB of an image file's bytes; `source` names the file."""
+    with _image_damage(source), Image.open(io.BytesIO(content)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def decode_map(content: bytes, source: str) -> NDArray:
+    """(H, W) of a greyscale image file's bytes, as its numbers are: 8 or 16 bits; `source` names the file."""
+    with _image_damage(source), Image.open(io.BytesIO(content)) as image:
+        values = np.asarray(image)
+    if values.ndim != 2 or values.dtype.kind not in "iu":
+        raise BadFrameError(f"{source}: must be a greyscale image of whole numbers, is of mode {image.mode}; {WAY_OUT}")
+    return values
+
+
+def read_image_size(path: Path) -> tuple[int, int]:
+    """Height and width from an image file's header alone."""
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            return np.asarray(image.convert("RGB"))
+        with _image_damage(str(path)), path.open("rb") as file, Image.open(file) as image:
+            return image.height, image.width
+    except FileNotFoundError:
+        raise BadFrameError(f"{path}: no such file; {WAY_OUT}") from None
+
+
+def unread_image(size: tuple[int, int]) -> NDArray[np.uint8]:
+    """(H, W, 3), black, without memory of its own: stands for an image of which only the size is needed."""
+    return np.broadcast_to(np.uint8(0), (*size, 3))
+
+
+@contextmanager
+def _image_damage(source: str) -> Iterator[None]:
+    """What Pillow raises becomes a `BadFrameError`."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
     except UnidentifiedImageError:
         raise BadFrameError(f"{source}: is not an image, or its first bytes are damaged; {WAY_OUT}") from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
