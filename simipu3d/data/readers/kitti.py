@@ -1,6 +1,7 @@
 """KITTI 3D object benchmark: from the official folders alone to Frames.
 
     root/training/{velodyne,image_2,calib,label_2}/000000.{bin,png,txt,txt}      root/testing/ the same without label_2
+    (images may also be .jpg or another of `files.IMAGE_SUFFIXES`)
     root/ImageSets/{train,val,...}.txt      lists of ids; not part of the download
 
 The velodyne frame is x forward, y left, z up, as ours; the clouds may be full sweeps or already reduced to the image. A
@@ -16,7 +17,15 @@ from pydantic import model_validator
 
 from simipu3d.contracts.frame import Boxes, Camera, Frame, check_points
 from simipu3d.data.config import DataConfig
-from simipu3d.data.readers.files import WAY_OUT, decode_image, read_bytes, read_float_rows, read_text
+from simipu3d.data.readers.files import (
+    WAY_OUT,
+    decode_image,
+    find_image,
+    image_stems,
+    read_bytes,
+    read_float_rows,
+    read_text,
+)
 from simipu3d.data.readers.kitti_labels import read_labels
 from simipu3d.data.readers.select_points import PointRange, check_point_range, in_frustum, in_range
 from simipu3d.errors import BadFrameError, UserError
@@ -132,7 +141,8 @@ class KittiReader:
         )
 
     def _camera(self, frame_id: str, name: str, calibration: KittiCalibration) -> Camera:
-        path = self._path(frame_id, name, "png")
+        official = self._path(frame_id, name, "png")
+        path = find_image(official.parent, official.stem)
         encoded = read_bytes(path)
         return Camera(
             name=name,
@@ -198,7 +208,7 @@ def _stems(folder: Path, suffix: str) -> set[str]:
         raise UserError(
             f"{folder}: no such folder; data.root must hold training/ and testing/ of the KITTI object download"
         )
-    return {path.stem for path in folder.glob(f"*.{suffix}")}
+    return image_stems(folder) if suffix == "png" else {path.stem for path in folder.glob(f"*.{suffix}")}
 
 
 def _every_frame(config: KittiConfig, part: str) -> list[str]:
