@@ -1,6 +1,7 @@
 """KITTI 3D object benchmark: from the official folders alone to Frames.
 
     root/training/{velodyne,image_2,calib,label_2}/000000.{bin,png,txt,txt}      root/testing/ the same without label_2
+    (images may also be .jpg or another of `files.IMAGE_SUFFIXES`)
     root/ImageSets/{train,val,...}.txt      lists of ids; not part of the download
 
 The velodyne frame is x forward, y left, z up, as ours; the clouds may be full sweeps or already reduced to the image. A
@@ -18,6 +19,7 @@ from simipu3d.data.readers.base import BaseReader, ReaderConfig, read_list
 from simipu3d.data.readers.files import (
     WAY_OUT,
     decode_image,
+    image_names,
     read_bytes,
     read_float_rows,
     read_image_size,
@@ -97,6 +99,10 @@ def _calib_matrix(path: Path, lines: dict[str, str], name: str, shape: tuple[int
     return values.reshape(shape)
 
 
+IMAGE = "png"
+"""The official suffix of images; copies may have another of `files.IMAGE_SUFFIXES`."""
+
+
 @READERS.register("kitti", config=KittiConfig)
 class KittiReader(BaseReader):
     """Frames of the KITTI object benchmark. Contract: `FrameReader`; frame ids are like training/000123.
@@ -114,6 +120,7 @@ class KittiReader(BaseReader):
         super().__init__(config, wants)
         self.point_columns = ("x", "y", "z", *config.features)
         self.cameras = tuple(PROJECTIONS) if config.cameras is None else config.cameras
+        self._listed: dict[tuple[str, str], dict[str, str]] = {}
         folders = self._folders()
         self.frame_ids = _listed_frames(config, folders)
         if any((config.root / part / "label_2").is_dir() for part in {name.split("/")[0] for name in self.frame_ids}):
@@ -143,7 +150,7 @@ class KittiReader(BaseReader):
         )
 
     def _camera(self, frame_id: str, name: str, calibration: KittiCalibration) -> Camera:
-        path = self.config.root / self._name(frame_id, name, "png")
+        path = self.config.root / self._name(frame_id, name, IMAGE)
         encoded = read_bytes(path) if self.wants.images else None
         return Camera(
             name=name,
@@ -163,13 +170,22 @@ class KittiReader(BaseReader):
     def _name(self, frame_id: str, folder: str, suffix: str) -> str:
         """A file's path below the root."""
         part, number = frame_id.split("/")
+        if suffix == IMAGE:
+            name = self._images(part, folder).get(number, f"{number}.{suffix}")
+            return f"{part}/{folder}/{name}"
         return f"{part}/{folder}/{number}.{suffix}"
+
+    def _images(self, part: str, camera: str) -> dict[str, str]:
+        """The images of a folder, which is listed once: they need not be .png."""
+        if (part, camera) not in self._listed:
+            self._listed[part, camera] = image_names(self.config.root / part / camera)
+        return self._listed[part, camera]
 
     def _folders(self) -> dict[str, str]:
         """The folders that every frame is read of, and their files' suffixes; labels are optional."""
         folders = {self.config.points_folder: "bin"} if self.wants.points else {}
         if self._needs_cameras:
-            folders |= dict.fromkeys(self.cameras, "png")
+            folders |= dict.fromkeys(self.cameras, IMAGE)
         if self._needs_cameras or self._wanted("boxes") or not folders:
             folders["calib"] = "txt"
         return folders
@@ -180,7 +196,7 @@ def _stems(folder: Path, suffix: str) -> set[str]:
         raise UserError(
             f"{folder}: no such folder; data.root must hold training/ and testing/ of the KITTI object download"
         )
-    return {path.stem for path in folder.glob(f"*.{suffix}")}
+    return set(image_names(folder)) if suffix == IMAGE else {path.stem for path in folder.glob(f"*.{suffix}")}
 
 
 def _every_frame(config: KittiConfig, part: str, folders: dict[str, str]) -> list[str]:
