@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, TiffImagePlugin
 
 from simipu3d.data.readers import files
-from simipu3d.data.readers.files import decode_image, find_image, image_stems
+from simipu3d.data.readers.files import decode_image, image_names
 from simipu3d.errors import BadFrameError
 
 RNG = np.random.default_rng(0)
@@ -170,7 +170,8 @@ def test_damage_is_a_bad_frame(form):
 def test_an_image_is_found_under_any_suffix(tmp_path):
     for name in ("a.jpg", "b.png", "b.jpg", "c.tiff", "._a.png", "a.txt"):
         (tmp_path / name).write_bytes(b"x")
-    assert find_image(tmp_path, "a").name == "a.jpg"
-    assert find_image(tmp_path, "b").name == "b.png", "the official one first"
-    assert find_image(tmp_path, "missing").name == "missing.png"
-    assert image_stems(tmp_path) == {"a", "b", "c"}
+    names = image_names(tmp_path)
+    assert set(names) == {"a", "b", "c"}
+    assert names["a"] == "a.jpg"
+    assert names["b"] == "b.png", "the official one first"
+    assert image_names(tmp_path / "missing") == {}
