@@ -6,9 +6,10 @@ import torch
 from simipu3d.config import merge
 from simipu3d.contracts.batch import Batch, PointView
 from simipu3d.contracts.frame import Camera, Frame
-from simipu3d.data.config import AugmentConfig, ImageAugmentConfig
+from simipu3d.contracts.method import Needs
+from simipu3d.data.config import AugmentConfig, ImageAugmentConfig, PointAugmentConfig
 from simipu3d.data.loading.augment import augment_frame
-from simipu3d.data.loading.collate import collate
+from simipu3d.data.loading.collate import Collate
 from simipu3d.methods.simipu import SimIPU
 
 COLUMNS = ("x", "y", "z", "intensity")
@@ -33,8 +34,11 @@ BLOCKS = {
     "contrast": {"dim": 8},
 }
 AUGMENT = AugmentConfig(
-    num_points=80, rotation_centre=(10, 0, 0), scale_centre=(10, 0, 0), images=ImageAugmentConfig(resize=None)
+    points=PointAugmentConfig(num_points=80, rotation_centre=(10, 0, 0), scale_centre=(10, 0, 0)),
+    images=ImageAugmentConfig(resize=None),
 )
+TWO_AND_ONE = Needs(point_views=2, image_views=1)
+"""SimIPU's."""
 
 
 def street(seed: int, num_points: int = 100, size: tuple[int, int] = (64, 96)) -> Frame:
@@ -49,10 +53,12 @@ def street(seed: int, num_points: int = 100, size: tuple[int, int] = (64, 96)) -
     return Frame(points, COLUMNS, (Camera("front", image, image_from_camera, CAMERA_FROM_LIDAR),), f"{seed:06d}")
 
 
-def batch_of(seeds: list[int], augment: AugmentConfig = AUGMENT, **kwargs) -> Batch:
-    """Frames of the given seeds, augmented and collated."""
-    samples = [augment_frame(street(seed, **kwargs), augment, np.random.SeedSequence(seed), ()) for seed in seeds]
-    return collate(samples)
+def batch_of(seeds: list[int], augment: AugmentConfig = AUGMENT, needs: Needs = TWO_AND_ONE, **kwargs) -> Batch:
+    """Streets of the given seeds, augmented and collated."""
+    samples = [
+        augment_frame(street(seed, **kwargs), augment, needs, np.random.SeedSequence(seed), ()) for seed in seeds
+    ]
+    return Collate(needs, len(COLUMNS))(samples)
 
 
 def small_method(**changes: dict) -> SimIPU:
