@@ -3,11 +3,11 @@
 import numpy as np
 import torch
 
-from simipu3d.config import merge
+from simipu3d.config import merge, parse_block
 from simipu3d.contracts.batch import Batch, PointView
-from simipu3d.contracts.frame import Camera, Frame
-from simipu3d.contracts.method import Needs
-from simipu3d.data.config import AugmentConfig, ImageAugmentConfig, PointAugmentConfig
+from simipu3d.contracts.frame import Boxes, Camera, Frame
+from simipu3d.contracts.method import DataInfo, Needs
+from simipu3d.data.config import AugmentConfig, PointAugmentConfig
 from simipu3d.data.loading.augment import augment_frame
 from simipu3d.data.loading.collate import Collate
 from simipu3d.methods.simipu import SimIPU
@@ -33,12 +33,8 @@ BLOCKS = {
     "matching": {},
     "contrast": {"dim": 8},
 }
-AUGMENT = AugmentConfig(
-    points=PointAugmentConfig(num_points=80, rotation_centre=(10, 0, 0), scale_centre=(10, 0, 0)),
-    images=ImageAugmentConfig(resize=None),
-)
-TWO_AND_ONE = Needs(point_views=2, image_views=1)
-"""SimIPU's."""
+AUGMENT = AugmentConfig(points=PointAugmentConfig(num_points=80, rotation_centre=(10, 0, 0), scale_centre=(10, 0, 0)))
+CLASS_NAMES = ("road", "car", "tree")
 
 
 def street(seed: int, num_points: int = 100, size: tuple[int, int] = (64, 96)) -> Frame:
@@ -50,22 +46,53 @@ def street(seed: int, num_points: int = 100, size: tuple[int, int] = (64, 96)) -
         [[60, 0, width / 2 - 0.5, 0], [0, 60, height / 2 - 0.5, 0], [0, 0, 1, 0]], dtype=np.float64
     )
     image = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
-    return Frame(points, COLUMNS, (Camera("front", image, image_from_camera, CAMERA_FROM_LIDAR),), f"{seed:06d}")
+    camera = Camera(
+        "front",
+        image,
+        image_from_camera,
+        CAMERA_FROM_LIDAR,
+        depth=rng.uniform(2, 40, size).astype(np.float32),
+        pixel_class=rng.integers(0, len(CLASS_NAMES), size, dtype=np.uint8),
+        pixel_instance=rng.integers(0, 3, size, dtype=np.int32),
+    )
+    boxes = Boxes(
+        center=rng.uniform([8, -4, -1], [25, 4, 0], (3, 3)),
+        size=rng.uniform(1, 4, (3, 3)),
+        yaw=rng.uniform(-np.pi, np.pi, 3),
+        names=("car", "car", "tree"),
+        velocity=rng.normal(size=(3, 2)),
+    )
+    return Frame(
+        points,
+        COLUMNS,
+        (camera,),
+        f"{seed:06d}",
+        boxes=boxes,
+        point_class=rng.integers(0, len(CLASS_NAMES), num_points, dtype=np.uint8),
+        point_instance=rng.integers(0, 3, num_points, dtype=np.int32),
+    )
 
 
-def batch_of(seeds: list[int], augment: AugmentConfig = AUGMENT, needs: Needs = TWO_AND_ONE, **kwargs) -> Batch:
-    """Streets of the given seeds, augmented and collated."""
+def batch_of(
+    seeds: list[int],
+    augment: AugmentConfig = AUGMENT,
+    needs: Needs = SimIPU.NEEDS,
+    *,
+    evaluation: bool = False,
+    **kwargs,
+) -> Batch:
+    """Frames of the given seeds, augmented and collated."""
     samples = [
-        augment_frame(street(seed, **kwargs), augment, needs, np.random.SeedSequence(seed), ()) for seed in seeds
+        augment_frame(street(seed, **kwargs), augment, needs, np.random.SeedSequence(seed), evaluation=evaluation)
+        for seed in seeds
     ]
     return Collate(needs, len(COLUMNS))(samples)
 
 
 def small_method(**changes: dict) -> SimIPU:
     """SimIPU of a few thousand parameters; keyword arguments change keys of its blocks."""
-    raw = merge(BLOCKS, changes)
     torch.manual_seed(0)
-    return SimIPU(SimIPU.parse_blocks(raw), point_columns=COLUMNS)
+    return SimIPU(parse_block("", SimIPU.Config, merge(BLOCKS, changes)), DataInfo(COLUMNS, CLASS_NAMES))
 
 
 def randomise_norms(net: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
