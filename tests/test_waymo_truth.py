@@ -11,7 +11,7 @@ from simipu3d.benchmark.synthetic_waymo.drive import WaymoDrive
 from simipu3d.benchmark.synthetic_waymo.files import write_waymo_v1, write_waymo_v2
 from simipu3d.benchmark.synthetic_waymo.rig import WaymoRigSettings
 from simipu3d.config import parse_part
-from simipu3d.data.config import AugmentConfig
+from simipu3d.data.config import PointAugmentConfig
 from simipu3d.data.loading.augment_points import draw_transform
 from simipu3d.data.loading.loader import build_reader
 from simipu3d.data.readers.waymo import WaymoReader
@@ -135,7 +135,7 @@ def test_points_in_boxes_stay_there_under_augmentation(drive, version):
     """The reader's points and boxes agree with what the beams met, and move together."""
     _, folder, pairs = drive
     reader = reader_of(folder, version, no_label_zone="keep")
-    config = AugmentConfig(rotation_deg=(40.0, 40.0), scale=(1.1, 1.1), flip_probability=1.0)
+    config = PointAugmentConfig(rotation_deg=(40.0, 40.0), scale=(1.1, 1.1), flip_probability=1.0)
     for index, (moment, _) in enumerate(pairs):
         frame = reader[index]
         xyz, boxes = frame.points[:, :3].astype(np.float64), frame.boxes
