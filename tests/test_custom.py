@@ -172,7 +172,7 @@ def test_splits_are_lists_of_sequences(untouched, tmp_path):
         mine.write_text(text)
         with pytest.raises(UserError, match=words):
             open_custom(untouched, split="mine", split_file=str(mine))
-    with pytest.raises(UserError, match=r"val\.txt: cannot be read as a list"):
+    with pytest.raises(UserError, match=r"val\.txt: no such list"):
         open_custom(untouched, split="val")
     with pytest.raises(UserError, match="no folder in it has a sequence"):
         open_custom(tmp_path)

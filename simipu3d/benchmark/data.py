@@ -20,9 +20,8 @@ import torch
 
 from simipu3d.benchmark.made_data import Case, write_made_data
 from simipu3d.config import parse_part
-from simipu3d.contracts.frame import Frame
+from simipu3d.contracts.frame import Frame, Wants
 from simipu3d.data.loading.augment import augment_frame
-from simipu3d.data.loading.loader import build_reader
 from simipu3d.data.loading.order import sample_seeds
 from simipu3d.data.readers.files import decode_image
 from simipu3d.registry import READERS
@@ -50,7 +49,7 @@ def serve(pipe: Connection, data: str) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the most it held is counted from here on
     before = megabytes("VmRSS")
     config = parse_part("data", READERS, json.loads(data))
-    reader = build_reader(config)
+    reader = READERS[config.name].target(config, Wants())  # as for pre-training
     reader.prepare()
     index = 0
     while (number := pipe.recv()) > 0:
