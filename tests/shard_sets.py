@@ -47,7 +47,9 @@ def difference(first, second, path="frame") -> list[str]:
         return [] if same else [path]
     if isinstance(first, dict) and isinstance(second, dict):
         same = list(first) == list(second)
-        return [line for key in first for line in difference(first[key], second[key], f"{path}.{key}")] if same else [path]
+        return (
+            [line for key in first for line in difference(first[key], second[key], f"{path}.{key}")] if same else [path]
+        )
     if isinstance(first, tuple | list) and len(first) and is_dataclass(first[0]):
         pairs = zip(first, second, strict=True)
         return [line for i, (a, b) in enumerate(pairs) for line in difference(a, b, f"{path}.{i}")]

@@ -178,7 +178,7 @@ def test_the_frustum_needs_the_size_of_an_image_and_not_its_pixels(name, origina
     for path in (path for path in root.rglob("*") if path.suffix in (".png", ".jpg")):
         path.write_bytes(path.read_bytes()[:100] if name == "kitti" else NONSENSE)
     frame = opened({**block, "root": str(root), "frustum": True}, Wants(images=False))[0]
-    assert 0 < len(frame.points)
+    assert len(frame.points) > 0
     assert np.array_equal(frame.points, expected.points)
     assert frame.cameras == ()
 
@@ -229,7 +229,9 @@ def test_the_street_world_loads_the_arrays_that_are_wanted(tmp_path, monkeypatch
         kinds = {name.rpartition(".")[2] for name in loaded}
         assert ("points" in kinds, "image" in kinds) == (wants.points, wants.images)
         assert any(name.startswith("box_") for name in kinds) == bool(wants.truth)
-        assert {"depth", "pixel_class"} <= kinds if wants.images and wants.truth else not {"depth", "pixel_class"} & kinds
+        assert (
+            {"depth", "pixel_class"} <= kinds if wants.images and wants.truth else not {"depth", "pixel_class"} & kinds
+        )
         assert (frame.boxes is not None) == bool(wants.truth)
         assert len(frame.cameras) == (len(whole.cameras) if wants.images else 0)
         if wants.points:

@@ -37,9 +37,9 @@ from waymo_drive import (
 
 from simipu3d.config import parse_part
 from simipu3d.contracts.frame import EVERYTHING, Wants
-from simipu3d.data.readers.waymo import WaymoReader
 from simipu3d.data.readers import parquet_rows, waymo_v2
 from simipu3d.data.readers.parquet_rows import ParquetRows, Recent
+from simipu3d.data.readers.waymo import WaymoReader
 from simipu3d.data.readers.waymo_moment import CAMERA_NAMES, LASER_NAMES, WaymoRequest
 from simipu3d.engine.pretrain import pretrain
 from simipu3d.errors import BadFrameError, UserError

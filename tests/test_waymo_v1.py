@@ -881,7 +881,13 @@ def test_real_image_boxes_equal_those_of_v2(samples, real, frame):
         ]
         assert sorted(camera.labels.tolist()) == sorted(expected)
     drawn = {
-        (entry.name, label.id.decode()): [label.box.center_x, label.box.center_y, label.box.length, label.box.width, label.type]
+        (entry.name, label.id.decode()): [
+            label.box.center_x,
+            label.box.center_y,
+            label.box.length,
+            label.box.width,
+            label.type,
+        ]
         for entry in frame.camera_labels
         for label in entry.labels
     }
