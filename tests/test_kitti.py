@@ -149,7 +149,7 @@ def test_missing_folders_are_named(root, tmp_path):
         open_kitti(root, split="all")
     with pytest.raises(UserError, match=r"data\.root: this key is needed"):
         parse_part("data", READERS, {"name": "kitti"})
-    with pytest.raises(UserError, match=r"split_file"):
+    with pytest.raises(UserError, match="split_file: split all reads no list"):
         open_kitti(root, split="all", split_file=tmp_path / "x.txt")
 
 

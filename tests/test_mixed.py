@@ -1,15 +1,20 @@
 """Laws of mixed data sets: weights hold in every epoch, and every frame of a set comes as often as the others."""
 
 from collections import Counter
+from typing import get_args
 
 import numpy as np
 import pytest
+from test_kitti import write_frame
 
 from simipu3d.benchmark.synthetic_waymo.drive import WaymoDrive
 from simipu3d.benchmark.synthetic_waymo.files import write_waymo_v2
 from simipu3d.benchmark.synthetic_waymo.rig import WaymoRigSettings
 from simipu3d.config import parse_part, to_plain
-from simipu3d.data.loading.loader import augment_of, build_reader, make_loader
+from simipu3d.contracts.frame import FrameReader, TruthKind
+from simipu3d.data.config import DataConfig
+from simipu3d.data.loading.loader import build_reader, make_loader
+from simipu3d.data.readers.mixed import MixedSet, _join_classes
 from simipu3d.data.shards.frames import PrepareConfig
 from simipu3d.data.shards.writer import prepare_shards
 from simipu3d.engine.settings import load_settings
@@ -162,7 +167,7 @@ def test_real_kitti_and_nuscenes_make_one_batch(samples, root):
             "split": "all",
             "features": ["ring", "intensity"],
             "weight": 0.5,
-            "augment": {"num_points": 500, "images": {"resize_factor": [0.25, 0.25]}},
+            "augment": {"points": {"num_points": 500}, "images": {"resize_factor": [0.25, 0.25]}},
         },
         batch_size=6,
         num_workers=0,
@@ -224,37 +229,73 @@ def test_sets_of_one_kind_have_different_names(root):
         reader[-1]
 
 
-def test_classes_are_kept_where_all_sets_agree(root, samples):
-    streets = open_streets(root, (2, 1.0), (2, 1.0))
-    assert streets.class_names == streets.readers[0].class_names
-    assert streets[0].point_class is not None
-    mixed = build_reader(parse(street(2, root=root), {"name": "kitti", "root": str(samples / "kitti"), "split": "all"}))
-    assert mixed.class_names == ()
+def test_classes_are_joined_by_name(root):
+    """Every pixel, point and box keeps its class, by whatever number and name the mixture has for it."""
+    theirs = {"car": "vehicle", "van": "vehicle", "sky": "nothing", "Car": "vehicle"}
+    reader = build_reader(parse(street(2, root=root), street(2, root=root, seed=1, classes=theirs)))
+    own = reader.readers[0].class_names
+    assert reader.class_names == (*own, "nothing", "vehicle")
+    for index, names in ((1, {}), (3, theirs)):
+        mixed, alone = reader[index], reader.readers[index // 2][index % 2]
+        expected = [names.get(own[number], own[number]) for number in alone.point_class]
+        assert [reader.class_names[number] for number in mixed.point_class] == expected
+        pixels = [names.get(own[number], own[number]) for number in alone.cameras[0].pixel_class.flat]
+        assert [reader.class_names[number] for number in mixed.cameras[0].pixel_class.flat] == pixels
+        assert mixed.boxes.names == tuple(names.get(name, name) for name in alone.boxes.names)
+        assert mixed.point_class.dtype == mixed.cameras[0].pixel_class.dtype == np.uint8
+
+
+def test_a_set_without_classes_leaves_those_of_others(root, tmp_path):
+    write_frame(tmp_path, "training/000000")
+    kitti = {"name": "kitti", "root": str(tmp_path), "split": "all"}
+    mixed = build_reader(parse(kitti, street(2, root=root)))
+    assert mixed.class_names == mixed.readers[1].class_names
     assert mixed[0].point_class is None
-    assert mixed[0].cameras[0].pixel_class is None
-    assert mixed[0].cameras[0].depth is not None
+    assert np.array_equal(mixed[1].point_class, mixed.readers[1][0].point_class)
+    assert mixed.gives == set(get_args(TruthKind))
+    assert mixed.frame_ids == ("kitti:training/000000", "drive_world:train-000000", "drive_world:train-000001")
+    with pytest.raises(UserError, match=r"data\.sets\.0\.classes: acme has no class 'cra'; it has car, unknown"):
+        _join_classes([MixedSet.model_construct(classes={"cra": "car"}, data=DataConfig(name="acme"))], [Labelled()])
+    unlabelled = _join_classes([MixedSet.model_construct(classes={}, data=DataConfig(name="acme"))], [Labelled()])[1][0]
+    assert unlabelled[[0, 1, 2, 255]].tolist() == [0, 1, 255, 255], "what has no name is unlabelled"
 
 
-def test_augmentation_of_a_set_is_a_change_of_the_common_one(root):
-    config = parse(
-        street(2, root=root, augment={"scale": [1.0, 1.0], "images": {"hue": 0.1}}),
-        street(2, root=root),
-        augment={"num_points": 7, "images": {"hue": 0.3, "brightness": 0.2}},
-    )
-    reader = build_reader(config)
-    own, common = (augment_of(reader, config, index) for index in (1, 2))
-    assert (own.scale, own.num_points, own.images.hue, own.images.brightness) == ((1.0, 1.0), 7, 0.1, 0.2)
-    assert common == config.augment
+class Labelled(FrameReader):
+    """A data set with classes and without boxes."""
+
+    class_names = ("car", "unknown")
+    gives = frozenset({"point_class"})
+
+
+def test_augmentation_of_a_set_is_its_own_keys_and_the_middle_of_its_range(root):
+    own = {"points": {"scale": [1.0, 1.0]}, "images": {"hue": 0.1}}
+    ranged = {"point_range": [0, -20, -2, 40, 20, 4]}
+    sets = [street(1, root=root, augment=own), street(1, root=root), street(1, root=root, **ranged)]
+    sets += [street(1, root=root, augment={"points": {"scale_centre": [1, 2, 3]}}, **ranged)]
+    reader = build_reader(parse(*sets))
+    middle = [20.0, 0.0, 1.0]
+    assert [reader.augment_of(index) for index in range(5)] == [
+        own,
+        {},
+        {"points": {"rotation_centre": middle, "scale_centre": middle}},
+        {"points": {"rotation_centre": middle, "scale_centre": [1, 2, 3]}},
+        own,
+    ]
 
 
 # Configuration
 
 
 def test_the_resolved_block_is_read_back_to_itself(root):
-    config = parse(street(2, root=root, weight=2.0, augment={"num_points": 9}), street(3), batch_size=5)
+    config = parse(
+        street(2, root=root, weight=2.0, augment={"points": {"num_points": 9}}, classes={"car": "vehicle"}),
+        street(3),
+        batch_size=5,
+    )
     plain = to_plain(config)
     assert plain["sets"][0]["weight"] == 2.0
-    assert plain["sets"][0]["augment"] == {"num_points": 9}
+    assert plain["sets"][0]["augment"] == {"points": {"num_points": 9}}
+    assert [entry["classes"] for entry in plain["sets"]] == [{"car": "vehicle"}, {}]
     assert "batch_size" not in plain["sets"][0]
     assert to_plain(parse_part("data", READERS, plain)) == plain
 
@@ -270,8 +311,8 @@ def test_the_resolved_block_is_read_back_to_itself(root):
         (street(2, weight="2"), r"data\.sets\.0\.weight: "),
         (street(2, beems=3), r"data\.sets\.0\.beems: no such key; did you mean beams"),
         (
-            street(2, augment={"num_pionts": 3}),
-            r"data\.sets\.0\.augment\.num_pionts: no such key; did you mean num_points",
+            street(2, augment={"points": {"num_pionts": 3}}),
+            r"data\.sets\.0\.augment\.points\.num_pionts: no such key; did you mean num_points",
         ),
         (street(2, augment=3), r"data\.sets\.0\.augment: expected a block"),
         ({"name": "mixed", "sets": []}, r"data\.sets\.0\.name: this key chooses the data set; there are .*kitti"),

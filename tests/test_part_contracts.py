@@ -5,6 +5,7 @@ import torch
 
 import simipu3d.methods  # noqa: F401  (fills the registry of assignments)
 from simipu3d.config import PartConfig, parse_part
+from simipu3d.contracts.frame import FrameReader
 from simipu3d.contracts.tokens import PointTokens
 from simipu3d.data.config import DataConfig
 from simipu3d.data.loading.loader import build_reader
@@ -90,8 +91,9 @@ def test_a_reader_says_what_it_reads_before_it_is_opened(name):
     entry = READERS[name]
     assert tuple(entry.target.point_columns[:3]) == ("x", "y", "z")
     assert issubclass(entry.config, DataConfig)
-    for method in ("__len__", "__getitem__", "prepare"):
-        assert callable(getattr(entry.target, method)), method
+    assert issubclass(entry.target, FrameReader)
+    for method in ("__len__", "__getitem__"):
+        assert getattr(entry.target, method) is not getattr(FrameReader, method), method
 
 
 @READER

@@ -44,7 +44,11 @@ def labelled_frame(seed: int, size: tuple[int, int] = (70, 160), distortion: lis
         pixel_class=rng.integers(0, 20, size, dtype=np.uint8),
         pixel_instance=rng.integers(0, 9000, size, dtype=np.int32),
     )
-    center, boxsize, yaw = rng.normal(size=(5, 3)) * [9, 9, 1] + [20, 0, 0], rng.uniform(4, 8, (5, 3)), rng.normal(size=5) * 3
+    center, boxsize, yaw = (
+        rng.normal(size=(5, 3)) * [9, 9, 1] + [20, 0, 0],
+        rng.uniform(4, 8, (5, 3)),
+        rng.normal(size=5) * 3,
+    )
     boxes = Boxes(center, boxsize, yaw, ["Car", "Van"] * 2 + ["Car"], velocity=rng.normal(size=(5, 2)))
     return Frame(
         points,
