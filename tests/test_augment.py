@@ -13,9 +13,10 @@ from simipu3d.data.loading.augment import augment_frame
 from simipu3d.data.loading.augment_images import augment_image, change_colours, draw_size
 from simipu3d.data.loading.augment_points import draw_indices, draw_point_views, draw_transform
 from simipu3d.data.readers.kitti import KittiConfig, KittiReader
-from simipu3d.geometry.boxes import box_corners, points_in_boxes
+from simipu3d.geometry.boxes import box_corners
 from simipu3d.geometry.camera import move_pixels, project_points
 from simipu3d.geometry.transforms import transform_points
+from simipu3d.ops.rotated_iou import points_in_boxes
 
 STRONG = AugmentConfig(
     num_points=300, augment_first_view=True, translation_std=(1.0, 2.0, 0.3), images=ImageAugmentConfig(crop=(150, 300))
