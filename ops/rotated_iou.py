@@ -22,6 +22,9 @@ BOX_COLUMNS = ("x", "y", "z", "length", "width", "height", "yaw")
 _REFERENCE_PAIRS = 1 << 17
 """Pairs of boxes that the reference clips together, and pairs of box and point that it tests: bounds its memory."""
 
+_ROUNDING = 1e-12
+"""The reference sums large terms: a share of the smaller rectangle below this is no overlap."""
+
 Array = TypeVar("Array", Tensor, NDArray)
 
 
@@ -152,8 +155,10 @@ def _iou(boxes_a: Tensor, boxes_b: Tensor, aligned: bool, backend: str, *, with_
 
 def _reference_iou(a: Tensor, b: Tensor, with_height: bool) -> Tensor:
     """(N,) of aligned rows."""
-    overlap = torch.minimum(_clipped_area(a, b), torch.minimum(a[:, 3] * a[:, 4], b[:, 3] * b[:, 4]))
     volume_a, volume_b = a[:, 3] * a[:, 4], b[:, 3] * b[:, 4]
+    smaller = torch.minimum(volume_a, volume_b)
+    overlap = torch.minimum(_clipped_area(a, b), smaller)
+    overlap = torch.where(overlap > _ROUNDING * smaller, overlap, 0.0)
     if with_height:
         rise = b[:, 2] - a[:, 2]
         top, bottom = torch.minimum(a[:, 5] / 2, rise + b[:, 5] / 2), torch.maximum(-a[:, 5] / 2, rise - b[:, 5] / 2)

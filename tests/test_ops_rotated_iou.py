@@ -43,6 +43,7 @@ def test_overlap_is_shapelys(seed, backend):
         one, other = polygon(a[i]), polygon(b[j])
         common = one.intersection(other).area
         assert flat[i, j] == pytest.approx(common / (one.area + other.area - common), abs=1e-9)
+        assert flat[i, j] == 0 or not one.disjoint(other)
         low, high = float(a[i, 2] - a[i, 5] / 2), float(a[i, 2] + a[i, 5] / 2)
         rise = max(0.0, min(high, float(b[j, 2] + b[j, 5] / 2)) - max(low, float(b[j, 2] - b[j, 5] / 2)))
         volumes = one.area * float(a[i, 5]) + other.area * float(b[j, 5])
