@@ -15,9 +15,10 @@ from simipu3d.data.loading.augment_images import augment_image, change_colours, 
 from simipu3d.data.loading.augment_points import draw_indices, draw_point_views, draw_transform
 from simipu3d.data.loading.loader import build_reader
 from simipu3d.data.readers.kitti import KittiConfig
-from simipu3d.geometry.boxes import move_boxes, points_in_boxes
+from simipu3d.geometry.boxes import move_boxes
 from simipu3d.geometry.camera import move_pixels, project_points
 from simipu3d.geometry.transforms import transform_points
+from simipu3d.ops.rotated_iou import points_in_boxes
 
 TWO_AND_ONE = Needs(point_views=2, image_views=1)
 STRONG = AugmentConfig(

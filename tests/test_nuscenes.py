@@ -37,8 +37,9 @@ from simipu3d.data.readers.nuscenes_splits import SPLITS
 from simipu3d.data.readers.nuscenes_tables import pose_matrix
 from simipu3d.engine.pretrain import pretrain
 from simipu3d.errors import BadFrameError, UserError
-from simipu3d.geometry.boxes import box_corners, points_in_boxes
+from simipu3d.geometry.boxes import box_corners
 from simipu3d.geometry.camera import project_points
+from simipu3d.ops.rotated_iou import points_in_boxes
 from simipu3d.registry import READERS
 
 

@@ -17,9 +17,10 @@ from simipu3d.data.loading.loader import build_reader
 from simipu3d.data.readers.waymo import WaymoReader
 from simipu3d.data.readers.waymo_moment import CAMERA_NAMES
 from simipu3d.engine.pretrain import pretrain
-from simipu3d.geometry.boxes import BOX_EDGES, box_corners, points_in_boxes
+from simipu3d.geometry.boxes import BOX_EDGES, box_corners
 from simipu3d.geometry.camera import project_points
 from simipu3d.geometry.transforms import transform_points
+from simipu3d.ops.rotated_iou import points_in_boxes
 from simipu3d.registry import READERS
 
 ROLLING = WaymoRigSettings(num_moments=2, top_size=(64, 300), side_size=(20, 60))

@@ -18,8 +18,8 @@ from simipu3d.data.config import DataConfig
 from simipu3d.data.loading.loader import start_worker
 from simipu3d.data.readers.mixed import MixedConfig
 from simipu3d.errors import BadFrameError
-from simipu3d.geometry.boxes import points_in_boxes
 from simipu3d.geometry.camera import project_points
+from simipu3d.ops.rotated_iou import points_in_boxes
 
 FARTHEST = 500.0
 """A point farther away than this, metres, is implausible: no lidar of a car measures so far."""
