@@ -1,12 +1,9 @@
 """What happens beside training: numbers, pictures and checkpoints of a run."""
 
-import csv
 import logging
-import os
 import resource
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,49 +12,12 @@ from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
 from torch import Tensor
 
 from simipu3d.contracts.batch import Batch
+from simipu3d.engine.metrics_file import MetricsFile
 from simipu3d.engine.run import RunDirectory
 from simipu3d.errors import UserError
 from simipu3d.pictures import save_png
 
 log = logging.getLogger(__name__)
-
-
-class MetricsFile:
-    """metrics.csv: a row a logging step, appended; a new column rewrites the file.
-
-    Args:
-        path: the file.
-        keep_until: rows of later steps are cut (None: the file starts empty).
-    """
-
-    def __init__(self, path: Path, keep_until: int | None):
-        self.path = path
-        rows = self._read() if keep_until is not None else []
-        self._write([row for row in rows if row["step"] and int(row["step"]) <= (keep_until or 0)])
-
-    def _read(self) -> list[dict[str, str]]:
-        if not self.path.exists():
-            return []
-        with open(self.path, newline="", encoding="utf-8") as file:
-            return [row for row in csv.DictReader(file) if None not in row.values()]
-
-    def _write(self, rows: list[dict[str, Any]]) -> None:
-        self.columns = list(dict.fromkeys(key for row in rows for key in row))
-        part = self.path.with_name(f".{self.path.name}.part")
-        with open(part, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns)
-            if self.columns:
-                writer.writeheader()
-            writer.writerows(rows)
-        os.replace(part, self.path)
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Add a row at the end."""
-        if not set(row) <= set(self.columns):
-            self._write([*self._read(), row])
-            return
-        with open(self.path, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.columns).writerow(row)
 
 
 def peak_memory_gb() -> float:

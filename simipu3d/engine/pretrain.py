@@ -6,7 +6,6 @@ The way: `tools/pretrain.py` -> here -> `methods/simipu.py` -> `contrast/info_nc
 import logging
 import os
 import random
-import re
 import sys
 import warnings
 from pathlib import Path
@@ -16,17 +15,22 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy
 
 import simipu3d
 from simipu3d.contracts.batch import Batch
 from simipu3d.contracts.frame import FrameReader
 from simipu3d.data.loading.loader import BadFrameLimit, build_reader, check_enough_frames, make_loader
 from simipu3d.engine.callbacks import Checkpoints, FiniteLoss, Metrics, Pictures, Progress
+from simipu3d.engine.disk import disk_errors, write_whole
 from simipu3d.engine.init_weights import load_weights
+from simipu3d.engine.limits import allow_open_files
 from simipu3d.engine.optim import build_optimizer
-from simipu3d.engine.run import AtomicCheckpointIO, RunDirectory, default_out, git_commit, read_checkpoint, write_whole
+from simipu3d.engine.processes import WatchedDDP, lost_worker
+from simipu3d.engine.resume import check_fits, check_progress, not_restored, schedule_states
+from simipu3d.engine.run import AtomicCheckpointIO, RunDirectory, default_out, git_commit, read_checkpoint
 from simipu3d.engine.settings import PretrainConfig, TrainerConfig, load_pretrain_config
+from simipu3d.engine.signals import StopAtStep, StopSignals, leave_signals
+from simipu3d.engine.slurm import processes_of_job
 from simipu3d.errors import UserError
 from simipu3d.registry import METHODS, SCHEDULES
 
@@ -124,6 +128,7 @@ class PretrainModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own = checkpoint["simipu3d"]
+        check_progress(checkpoint, self.trainer.fit_loop.state_dict(), Path(self.trainer.ckpt_path))
         if own["num_samples"] != len(self.reader):
             raise UserError(
                 f"data.root: holds {len(self.reader)} frames of the split, the run was made with {own['num_samples']}; its place "
@@ -132,6 +137,7 @@ class PretrainModule(pl.LightningModule):
         self.start = (own["position"][0], own["position"][1])
         if own["world_size"] != self.trainer.world_size and self.start[1]:
             self.start = self._place_for_other_processes(own, checkpoint["loops"]["fit_loop"])
+        schedule_states(checkpoint["lr_schedulers"], own["global_step"], self.start[0])
         self.bad_frames.load_state_dict(own["bad_frames"])
 
     def _place_for_other_processes(self, own: dict[str, Any], loop: dict[str, Any]) -> tuple[int, int]:
@@ -167,17 +173,6 @@ def build_method(config: PretrainConfig, point_columns: tuple[str, ...]) -> torc
     return METHODS[config.method].target(config.blocks, point_columns=point_columns)
 
 
-def check_weights(method: torch.nn.Module, path: Path) -> None:
-    """Raise `UserError` when a run's checkpoint lacks a tensor of the method, or holds one of another shape."""
-    state, own = read_checkpoint(path)["state_dict"], method.state_dict()
-    wrong = [name for name, value in own.items() if getattr(state.get(f"method.{name}"), "shape", None) != value.shape]
-    if wrong:
-        raise UserError(
-            f"{path}: {len(wrong)} tensors are missing or have another shape ({', '.join(wrong[:4])}); the file was changed; "
-            f"use another of {path.resolve().parent}"
-        )
-
-
 def _check_devices(config: TrainerConfig) -> None:
     present = torch.cuda.device_count() if torch.cuda.is_available() else 0
     asked = config.accelerator in ("gpu", "cuda")
@@ -211,7 +206,7 @@ def _quiet_lightning(first_process: bool) -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def build_trainer(config: PretrainConfig, run: RunDirectory) -> pl.Trainer:
+def build_trainer(config: PretrainConfig, run: RunDirectory, stop: StopSignals) -> pl.Trainer:
     """Lightning's Trainer for a run."""
     own = config.trainer
     callbacks: list[pl.Callback] = [
@@ -219,17 +214,19 @@ def build_trainer(config: PretrainConfig, run: RunDirectory) -> pl.Trainer:
         Metrics(run, resumed=run.checkpoint is not None),
         Pictures(run, every_steps=config.run.pictures_every_steps),
         Checkpoints(run, every_steps=config.run.checkpoint_every_steps, keep_every_epochs=config.run.keep_every_epochs),
+        StopAtStep(stop, run),
     ]
     if sys.stderr.isatty():
         callbacks.append(Progress())
     many = own.devices != 1 or own.num_nodes != 1
-    return pl.Trainer(
+    processes = processes_of_job(own.devices, own.num_nodes)
+    trainer = pl.Trainer(
         max_steps=own.max_steps,
         max_epochs=own.max_epochs,
         accelerator=own.accelerator,
         devices=own.devices,
         num_nodes=own.num_nodes,
-        strategy=DDPStrategy(find_unused_parameters=False) if many else "auto",
+        strategy=WatchedDDP(find_unused_parameters=False) if many else "auto",
         precision=own.precision,
         accumulate_grad_batches=own.accumulate_grad_batches,
         gradient_clip_val=own.gradient_clip_val,
@@ -241,15 +238,17 @@ def build_trainer(config: PretrainConfig, run: RunDirectory) -> pl.Trainer:
             name="tensorboard",
             version="",
             default_hp_metric=False,
-            purge_step=None if run.resumed_step is None else run.resumed_step + 1,
+            purge_step=0 if run.resumed_step is None else run.resumed_step + 1,
         ),
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *([processes] if processes else [])],
         callbacks=callbacks,
         use_distributed_sampler=False,
         enable_model_summary=False,
         enable_progress_bar=sys.stderr.isatty(),
         default_root_dir=run.path,
     )
+    leave_signals(trainer)
+    return trainer
 
 
 def build_module(config: PretrainConfig, run: RunDirectory, init: Path | None = None) -> PretrainModule:
@@ -260,7 +259,7 @@ def build_module(config: PretrainConfig, run: RunDirectory, init: Path | None = 
     method = build_method(config, reader.point_columns)
     init_lines = None
     if run.checkpoint is not None:
-        check_weights(method, run.checkpoint)
+        check_fits(read_checkpoint(run.checkpoint), method, run.checkpoint)
     elif init is not None:
         init_lines = load_weights(method, init)
     module = PretrainModule(config, method, reader, BadFrameLimit(config.data, len(reader)))
@@ -290,6 +289,7 @@ def pretrain(
 
     Raises:
         UserError: what the user can mend, in one line.
+        Stopped: a signal ended the run; its checkpoint is written.
     """
     if resume and init is not None:
         raise UserError("--init: a resumed run has its weights already; leave out --init or --resume")
@@ -297,31 +297,38 @@ def pretrain(
     _quiet_lightning(first_process)
     config = load_pretrain_config(cfg, sets)
     _check_devices(config.trainer)
+    allow_open_files(config.data.num_workers)
     if resume == "" and out is None:
         raise UserError("--resume: say which run with --out DIR, or which checkpoint with --resume FILE")
     if resume and out is None:
         out = Path(resume).resolve().parent.parent
     out = Path(os.environ.get(OUT_VARIABLE) or out or default_out(cfg))
-    run = RunDirectory(out, config.to_plain(), resume if first_process else resume or "")
-    module = build_module(config, run, init)
-    if first_process:
-        module.reader.prepare()
-        run.create(config.to_plain())
-        if module.init_lines is not None:
-            write_whole(out / "init.txt", "\n".join(module.init_lines) + "\n")
-        os.environ[OUT_VARIABLE] = str(out)
-    if run.checkpoint is not None:
-        log.info("resuming from step %d: %s", run.resumed_step, run.checkpoint)
-    try:
-        build_trainer(config, run).fit(module, ckpt_path=run.checkpoint, weights_only=True)
-    except RuntimeError as error:
-        if not re.search(r"DataLoader worker.*(killed|exited)", str(error)):
-            raise
-        raise UserError(
-            "a data worker was killed, by a signal or for want of memory; go on with --resume, perhaps with another "
-            "data.num_workers"
-        ) from error
-    finally:
-        if first_process:
-            os.environ.pop(OUT_VARIABLE, None)
+    with StopSignals(first_process, out) as stop:
+        _train(config, out, resume if first_process else resume or "", init, stop)
     return out
+
+
+def _train(config: PretrainConfig, out: Path, resume: str | None, init: Path | None, stop: StopSignals) -> None:
+    """The work of `pretrain` in its folder, which is locked meanwhile."""
+    run = RunDirectory(out, config.to_plain(), resume, writes=stop.first_process)
+    try:
+        module = build_module(config, run, init)
+        if stop.first_process:
+            module.reader.prepare()
+            run.create(config.to_plain())
+            if module.init_lines is not None:
+                write_whole(out / "init.txt", "\n".join(module.init_lines) + "\n")
+            os.environ[OUT_VARIABLE] = str(out)
+        if run.checkpoint is not None:
+            log.info("resuming from step %d: %s", run.resumed_step, run.checkpoint)
+        with disk_errors(out):
+            build_trainer(config, run, stop).fit(module, ckpt_path=run.checkpoint, weights_only=True)
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+        known = None if isinstance(error, UserError) else lost_worker(error) or not_restored(error, run.checkpoint)
+        if known is None:
+            raise
+        raise known from error
+    finally:
+        run.release()
+        if stop.first_process:
+            os.environ.pop(OUT_VARIABLE, None)
