@@ -150,7 +150,8 @@ def build_module(settings: Settings, run: RunDirectory, init: Path | None = None
     if settings.validate_data is not None:
         held_out = build_reader(settings.validate_data, wants_of(needs))
         check_gives(held_out, needs, settings.validate_data)
-        warn_of_overlap(reader, held_out)
+        if (settings.data.name, settings.data.root) == (settings.validate_data.name, settings.validate_data.root):
+            warn_of_overlap(reader, held_out)
     init_lines = None
     if run.checkpoint is not None:
         check_fits(read_checkpoint(run.checkpoint), method, run.checkpoint)
