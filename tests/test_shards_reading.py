@@ -17,6 +17,7 @@ from shard_sets import SMALL, contents, difference, open_shards, parse
 
 from simipu3d.contracts.frame import EVERYTHING, Wants
 from simipu3d.data.loading.loader import BadFrameLimit, build_reader, make_loader
+from simipu3d.data.readers.base import TRUTH_KINDS
 from simipu3d.data.shards import store as shard_store
 from simipu3d.data.shards.format import FORMAT, check_format, sealed
 from simipu3d.data.shards.frames import decode_frame, encode_frame
