@@ -6,12 +6,13 @@ order, `shuffle_shards` at a time, and their frames are mixed: neighbouring read
 """
 
 from collections import OrderedDict
+from functools import partial
 from typing import Annotated, Literal
 from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from simipu3d.contracts.frame import Frame
 from simipu3d.data.config import DataConfig
@@ -19,7 +20,7 @@ from simipu3d.data.loading.order import epoch_order, order_rng
 from simipu3d.data.readers.files import WAY_OUT
 from simipu3d.data.shards.format import FrameEntry, Member, ShardInfo, digest, parse_entry, read_manifest
 from simipu3d.data.shards.frames import camera_stem, decode_frame, wanted
-from simipu3d.data.shards.store import LocalStore, StoreError, open_store
+from simipu3d.data.shards.store import RETRIES, TIMEOUT, LocalStore, StoreError, open_store
 from simipu3d.errors import BadFrameError, UserError
 from simipu3d.registry import READERS
 
@@ -42,6 +43,10 @@ class ShardsConfig(DataConfig):
     """So many shards are mixed at a time; null: the frames of all. Default: a working set that a disk cache holds."""
     load_ground_truth: bool = True
     """Read boxes, depth, classes and instances where the set has them. Pre-training never looks at them."""
+    timeout: PositiveFloat = TIMEOUT
+    """Seconds that one try of reading from a URL may take. Default: some MB over a slow line."""
+    retries: NonNegativeInt = RETRIES
+    """How often a read from a URL that failed is tried again, after pauses of 0.5, 1, 2, ... 8 seconds."""
 
 
 @READERS.register("shards", config=ShardsConfig)
@@ -57,7 +62,7 @@ class ShardsReader:
 
     def __init__(self, config: ShardsConfig):
         self.config = config
-        self.store = open_store(config.root)
+        self.store = open_store(config.root, config.timeout, config.retries)
         self.manifest = read_manifest(self.store)
         self.class_names, self.point_columns = self.manifest.class_names, self.manifest.point_columns
         for camera in config.cameras or ():
@@ -122,7 +127,7 @@ class ShardsReader:
         """The lines of a shard's index, one a frame, not parsed yet: they take a tenth of the memory so."""
         path = self.store.path(shard.index)
         try:
-            content = self.store.read(shard.index)
+            content = self.store.read(shard.index, lambda content: digest(content) == shard.index_sha256)
         except StoreError as error:
             raise BadFrameError(f"{error}: the index of {shard.name}; {WAY_OUT}") from error
         if digest(content) != shard.index_sha256:
@@ -139,7 +144,7 @@ class ShardsReader:
             start = run[0].offset
             size = run[-1].offset + run[-1].size - start
             try:
-                content = self.store.read_range(shard.name, start, size)
+                content = self.store.read_range(shard.name, start, size, partial(_is_intact, run))
             except StoreError as error:
                 raise BadFrameError(f"{source}: {error}; {WAY_OUT}") from error
             for member in run:
@@ -161,6 +166,12 @@ class ShardsReader:
                 f"{self.config.root}: {len(wrong)} of {len(self.manifest.shards)} shards are absent or not of the size "
                 f"that the manifest says ({names}); copy them again, or let tools/prepare_data.py write them again"
             )
+
+
+def _is_intact(run: list[Member], content: bytes) -> bool:
+    """Do the members of a run, read together, have their check sums?"""
+    view, start = memoryview(content), run[0].offset
+    return all(crc32(view[m.offset - start : m.offset - start + m.size]) == m.crc32 for m in run)
 
 
 def _runs(members: list[Member]) -> list[list[Member]]:
