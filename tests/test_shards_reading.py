@@ -375,7 +375,7 @@ def server(whole):
 
 def test_shards_are_read_over_http_by_workers_too(server, whole, monkeypatch):
     url, state = server
-    monkeypatch.setattr(shard_store, "RETRY_AFTER", (0.01, 0.01))
+    monkeypatch.setattr(shard_store, "FIRST_PAUSE", 0.01)
     local = open_shards(whole)
     reader = open_shards(url)
     assert all(difference(local[index], reader[index]) == [] for index in (0, 5, 10))
