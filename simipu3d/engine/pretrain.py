@@ -23,12 +23,12 @@ from simipu3d.contracts.batch import Batch
 from simipu3d.contracts.frame import FrameReader
 from simipu3d.data.loading.loader import BadFrameLimit, build_reader, check_enough_frames, make_loader
 from simipu3d.engine.callbacks import Checkpoints, FiniteLoss, Metrics, Pictures, Progress
-from simipu3d.engine.init_weights import load_weights
 from simipu3d.engine.optim import build_optimizer
 from simipu3d.engine.run import AtomicCheckpointIO, RunDirectory, default_out, git_commit, read_checkpoint, write_whole
 from simipu3d.engine.settings import PretrainConfig, TrainerConfig, load_pretrain_config
 from simipu3d.errors import UserError
 from simipu3d.registry import METHODS, SCHEDULES
+from simipu3d.weights.load import load_weights
 
 log = logging.getLogger(__name__)
 

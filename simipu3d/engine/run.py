@@ -12,12 +12,10 @@ pictures/              projected points, matched pairs, feature maps as colours
 import json
 import logging
 import os
-import pickle
 import platform
 import subprocess
 import sys
 import time
-import zipfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from lightning.fabric.plugins import CheckpointIO
 import simipu3d
 from simipu3d.config import changed_keys, dump_yaml
 from simipu3d.errors import UserError
+from simipu3d.weights.files import RUN_KEYS, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +34,8 @@ RESUMABLE_CHANGES = ("trainer.", "run.", "data.num_workers", "data.root", "image
 """Keys that may differ between a run and its continuation."""
 
 
-RUN_KEYS = {"config", "method", "global_step"}
 RESUME_KEYS = {*RUN_KEYS, "position", "bad_frames", "num_samples", "world_size"}
-"""What the `simipu3d` block of a checkpoint holds at least: to take weights from it, and to go on with the run."""
+"""What the `simipu3d` block of a checkpoint holds at least, to go on with the run."""
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -61,37 +59,6 @@ class AtomicCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete a checkpoint that is no longer kept."""
         Path(path).unlink(missing_ok=True)
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A simipu3d checkpoint as tensors and plain values.
-
-    Raises:
-        UserError: it is missing, damaged, or not one of ours.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint")
-    way_out = f"use another of {path.resolve().parent}"
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch writes check sums and does not look at them
-            broken = archive.testzip()
-        if broken:
-            raise UserError(f"{path}: damaged: {broken} in it fails its check sum; {way_out}")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        what = (
-            "holds more than tensors and plain values"
-            if isinstance(error, pickle.UnpicklingError)
-            else "cut or foreign"
-        )
-        raise UserError(f"{path}: damaged, or not a checkpoint ({what}); {way_out}") from error
-    own = checkpoint.get("simipu3d") if isinstance(checkpoint, dict) else None
-    if not isinstance(own, dict) or RUN_KEYS - own.keys() or "state_dict" not in checkpoint:
-        raise UserError(
-            f"{path}: not a checkpoint of simipu3d pretrain; weights of other origin go to --init or image_encoder.pretrained"
-        )
-    return checkpoint
 
 
 def default_out(cfg: str | Path) -> Path:
