@@ -15,9 +15,9 @@ from helpers import BLOCKS
 
 from simipu3d.engine.callbacks import MetricsFile, average_over_processes
 from simipu3d.engine.pretrain import pretrain
-from simipu3d.engine.run import read_checkpoint
 from simipu3d.errors import UserError
 from simipu3d.tools.pretrain import main
+from simipu3d.weights.files import read_checkpoint
 
 STEPS = 10
 DRIVER = """

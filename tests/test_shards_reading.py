@@ -25,9 +25,9 @@ from simipu3d.data.shards.store import LocalStore, RemoteStore, StoreError, open
 from simipu3d.data.shards.verify import verify_shards
 from simipu3d.data.shards.writer import prepare_shards
 from simipu3d.engine.pretrain import pretrain
-from simipu3d.engine.run import read_checkpoint
 from simipu3d.errors import BadFrameError, UserError
 from simipu3d.tools.prepare_data import main
+from simipu3d.weights.files import read_checkpoint
 
 pytest_plugins = ["shard_fixtures"]
 
