@@ -32,6 +32,7 @@ STRONG = AugmentConfig(
     images=ImageAugmentConfig(crop=(150, 300)),
 )
 MOVED_FIRST = AugmentConfig(points=PointAugmentConfig(augment_first_view=True))
+RELEASED = ImageAugmentConfig(resize="long_short", long_edge=(640, 2400), short_edge=(192, 720))
 PLAIN = ImageAugmentConfig(resize=None, flip_probability=0.0)
 IMAGE_FROM_CAMERA = np.array([[300, 0, 200, 20], [0, 300, 80, 0.2], [0, 0, 1, 0.003]], dtype=np.float64)
 CAMERA_FROM_LIDAR = np.array([[0, -1, 0, 0.1], [0, 0, -1, -0.1], [1, 0, 0, -0.3], [0, 0, 0, 1]], dtype=np.float64)
@@ -242,11 +243,11 @@ def test_a_crop_is_a_window_of_the_image(seed):
 
 def test_long_and_short_edge_give_the_released_sizes():
     """factor = min(long / longer edge, short / shorter edge); new size = int(size x factor + 0.5)."""
-    config = ImageAugmentConfig(long_edge=(1000, 1000), short_edge=(400, 400))
+    config = ImageAugmentConfig(resize="long_short", long_edge=(1000, 1000), short_edge=(400, 400))
     rng = np.random.default_rng(0)
     assert draw_size((375, 1242), config, rng) == (int(375 * 1000 / 1242 + 0.5), 1000)
     assert draw_size((800, 600), config, rng) == (int(800 * 400 / 600 + 0.5), 400)
-    drawn = [draw_size((375, 1242), ImageAugmentConfig(), rng) for _ in range(2000)]
+    drawn = [draw_size((375, 1242), RELEASED, rng) for _ in range(2000)]
     factors = np.array([height / 375 for height, _ in drawn])
     assert 0.5 < factors.min() < 0.53
     assert 1.88 < factors.max() <= 1.925
@@ -324,9 +325,10 @@ def test_a_sample_is_a_function_of_its_seed():
 
 def test_points_and_images_draw_from_streams_of_their_own():
     frame = random_frame(0)
-    first = augment_frame(frame, AugmentConfig(), TWO_AND_ONE, np.random.SeedSequence(0))
+    first = augment_frame(frame, AugmentConfig(images=RELEASED), TWO_AND_ONE, np.random.SeedSequence(0))
     other_images = augment_frame(frame, AugmentConfig(images=PLAIN), TWO_AND_ONE, np.random.SeedSequence(0))
-    other_points = augment_frame(frame, MOVED_FIRST, TWO_AND_ONE, np.random.SeedSequence(0))
+    moved_first = MOVED_FIRST.model_copy(update={"images": RELEASED})
+    other_points = augment_frame(frame, moved_first, TWO_AND_ONE, np.random.SeedSequence(0))
     assert torch.equal(first.views[1].points, other_images.views[1].points)
     assert not torch.equal(first.images[0][0].image, other_images.images[0][0].image)
     assert torch.equal(first.images[0][0].image, other_points.images[0][0].image)
@@ -338,7 +340,8 @@ def test_pixels_of_a_real_augmented_frame_are_exact(samples, seed):
     """Full default recipe on real frames: an undone view projects to the raw points' pixels, within 1e-3 px."""
     reader = build_reader(KittiConfig(root=samples / "kitti", split="train"))
     frame = reader[seed]
-    sample = augment_frame(frame, MOVED_FIRST, TWO_AND_ONE, np.random.SeedSequence(seed))
+    config = MOVED_FIRST.model_copy(update={"images": RELEASED})
+    sample = augment_frame(frame, config, TWO_AND_ONE, np.random.SeedSequence(seed))
     image = sample.images[0][0]
     for view in sample.views:
         raw = torch.from_numpy(frame.points[:, :3])[view.source_index]

@@ -16,9 +16,9 @@ from helpers import BLOCKS
 from simipu3d.engine.metrics import average
 from simipu3d.engine.metrics_file import MetricsFile
 from simipu3d.engine.pretrain import pretrain
-from simipu3d.engine.run import read_checkpoint
 from simipu3d.errors import UserError
 from simipu3d.tools.pretrain import main
+from simipu3d.weights.files import read_checkpoint
 
 STEPS = 10
 DRIVER = """

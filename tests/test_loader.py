@@ -76,7 +76,7 @@ class ToyReader(FrameReader):
 
 AUGMENT = AugmentConfig(
     points=PointAugmentConfig(num_points=70),
-    images=ImageAugmentConfig(long_edge=(60, 140), short_edge=(30, 90), hue=0.2, pad_multiple=16),
+    images=ImageAugmentConfig(resize="long_short", long_edge=(60, 140), short_edge=(30, 90), hue=0.2, pad_multiple=16),
 )
 TWO_AND_ONE = Needs(point_views=2, image_views=1)
 LABELLED = Needs(2, 2, truth=("boxes", "depth", "pixel_class", "point_class", "point_instance"))

@@ -13,7 +13,7 @@ import yaml
 from helpers import BLOCKS
 
 from simipu3d.contrast.info_nce import info_nce
-from simipu3d.engine.run import read_checkpoint
+from simipu3d.weights.files import read_checkpoint
 
 SIZES = [(5, 3), (4, 4), (5, 0)]
 

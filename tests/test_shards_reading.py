@@ -25,9 +25,9 @@ from simipu3d.data.shards.store import LocalStore, RemoteStore, StoreError, open
 from simipu3d.data.shards.verify import verify_shards
 from simipu3d.data.shards.writer import prepare_shards
 from simipu3d.engine.pretrain import pretrain
-from simipu3d.engine.run import read_checkpoint
 from simipu3d.errors import BadFrameError, UserError
 from simipu3d.tools.prepare_data import main
+from simipu3d.weights.files import read_checkpoint
 
 pytest_plugins = ["shard_fixtures"]
 
@@ -375,7 +375,7 @@ def server(whole):
 
 def test_shards_are_read_over_http_by_workers_too(server, whole, monkeypatch):
     url, state = server
-    monkeypatch.setattr(shard_store, "RETRY_AFTER", (0.01, 0.01))
+    monkeypatch.setattr(shard_store, "FIRST_PAUSE", 0.01)
     local = open_shards(whole)
     reader = open_shards(url)
     assert all(difference(local[index], reader[index]) == [] for index in (0, 5, 10))

@@ -7,8 +7,8 @@ import sys
 
 import torch
 
-from simipu3d.engine.run import read_checkpoint
 from simipu3d.tools.pretrain import main
+from simipu3d.weights.files import read_checkpoint
 
 STEPS = 10
 """Of the run of `run_fixtures.tiny`."""

@@ -35,6 +35,7 @@ from simipu3d.encoders.strided_backbone import PointRange, SparseResidualBlock, 
 from simipu3d.ops.scatter import scatter_reduce
 from simipu3d.ops.voxelize import grid_size, voxelize
 from simipu3d.registry import POINT_ENCODERS
+from simipu3d.weights.branch import InputLayer
 
 
 class PillarConfig(PartConfig):
@@ -128,6 +129,7 @@ class PillarEncoder(StridedBackbone):
         nx, ny, _ = grid_size(config.cell_size, config.point_range)
         super().__init__(point_columns, config.point_range, config.pillar_size, (ny, nx), config.num_tokens)
         self.config = config
+        self._columns = tuple(point_columns)
         self.out_channels = self.bev_channels = config.widths[3]
         self.vfe = PillarFeatures(config, len(point_columns))
         self.conv1 = SparseSequential(*self._blocks(1))
@@ -142,6 +144,10 @@ class PillarEncoder(StridedBackbone):
             options = {"bias": True, "backend": backend, "convolution": SubMConv2d}
             return [SparseResidualBlock(width, key, **options) for _ in range(2)]
         return [with_norm(SubMConv2d(width, width, key, backend=backend)) for _ in range(2)]
+
+    def input_layers(self) -> dict[str, InputLayer]:
+        """Layers that read the points' columns, by the name of their weight; weights from elsewhere are fitted there."""
+        return {"vfe.pfn_layers.0.linear.weight": InputLayer(1, self._columns, others=6)}
 
     def voxelize(self, view: PointView) -> tuple[SparseTensor, Tensor]:
         """The view's pillars with their features, and which points (N,) lie in `point_range`."""

@@ -28,6 +28,7 @@ from simipu3d.encoders.sparse.tensor import Triple
 from simipu3d.encoders.strided_backbone import PointRange, SparseResidualBlock, StridedBackbone, check_grid, with_norm
 from simipu3d.ops.voxelize import grid_size, voxelize
 from simipu3d.registry import POINT_ENCODERS
+from simipu3d.weights.branch import InputLayer
 
 OUTPUT_WIDTH = 128
 """Channels of `conv_out`, of either backbone."""
@@ -111,6 +112,7 @@ class _VoxelBackbone(StridedBackbone):
         nz, ny, nx = config.grid_shape
         super().__init__(point_columns, config.point_range, config.voxel_size, (nz + 1, ny, nx), config.num_tokens)
         self.config = config
+        self._columns = tuple(point_columns)
         backend = config.sparse_backend
         self.out_channels = widths[3]
         self.conv_input = with_norm(SubMConv3d(len(point_columns), widths[0], "subm1", backend=backend))
@@ -123,6 +125,10 @@ class _VoxelBackbone(StridedBackbone):
             options = {"kernel_size": (3, 1, 1), "stride": (2, 1, 1), "padding": (config.last_pad,) * 3}
             self.conv_out = with_norm(SparseConv3d(widths[3], OUTPUT_WIDTH, "spconv_down2", **options, backend=backend))
             self.bev_channels = OUTPUT_WIDTH * config.map_height
+
+    def input_layers(self) -> dict[str, InputLayer]:
+        """Layers that read the points' columns, by the name of their weight; weights from elsewhere are fitted there."""
+        return {"conv_input.0.weight": InputLayer(4, self._columns)}
 
     def voxelize(self, view: PointView) -> tuple[SparseTensor, Tensor]:
         """The view's voxels with the mean of their points' columns, and which points (N,) lie in `point_range`."""

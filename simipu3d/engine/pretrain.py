@@ -23,18 +23,19 @@ from simipu3d.data.loading.loader import (
 )
 from simipu3d.engine.callbacks import Checkpoints, FiniteLoss, Metrics, Pictures, Progress
 from simipu3d.engine.disk import disk_errors, write_whole
-from simipu3d.engine.init_weights import load_weights
 from simipu3d.engine.limits import allow_open_files
 from simipu3d.engine.module import TrainingModule
 from simipu3d.engine.optim import check_branches
 from simipu3d.engine.processes import WatchedDDP, lost_worker
 from simipu3d.engine.resume import check_fits, not_restored
-from simipu3d.engine.run import AtomicCheckpointIO, RunDirectory, default_out, read_checkpoint
+from simipu3d.engine.run import AtomicCheckpointIO, RunDirectory, default_out
 from simipu3d.engine.settings import Settings, TrainerConfig, load_settings
 from simipu3d.engine.signals import StopAtStep, StopSignals, leave_signals
 from simipu3d.engine.slurm import processes_of_job
 from simipu3d.errors import UserError
 from simipu3d.registry import METHODS
+from simipu3d.weights.files import read_checkpoint
+from simipu3d.weights.load import load_weights
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +151,8 @@ def build_module(settings: Settings, run: RunDirectory, init: Path | None = None
     if settings.validate_data is not None:
         held_out = build_reader(settings.validate_data, wants_of(needs))
         check_gives(held_out, needs, settings.validate_data)
-        warn_of_overlap(reader, held_out)
+        if (settings.data.name, settings.data.root) == (settings.validate_data.name, settings.validate_data.root):
+            warn_of_overlap(reader, held_out)
     init_lines = None
     if run.checkpoint is not None:
         check_fits(read_checkpoint(run.checkpoint), method, run.checkpoint)

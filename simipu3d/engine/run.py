@@ -12,13 +12,10 @@ pictures/              projected points, matched pairs, feature maps as colours
 
 import json
 import logging
-import pickle
 import platform
-import struct
 import subprocess
 import sys
 import time
-import zipfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,7 +29,7 @@ from simipu3d.engine.disk import cannot_write, remove_parts, whole_file, write_w
 from simipu3d.engine.lock import RunLock
 from simipu3d.engine.resume import SCHEDULED, check_checkpoint, newest_checkpoint
 from simipu3d.errors import UserError
-from simipu3d.moved_keys import upgrade
+from simipu3d.weights.files import read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -45,16 +42,6 @@ RESUMABLE_CHANGES = (
     "image_encoder.gradient_checkpointing",
 )
 """Keys that may differ between a run and its continuation, beside learning rates, weight decay and schedule."""
-
-
-RUN_KEYS = {"config", "method", "global_step"}
-"""What the `simipu3d` block of a checkpoint holds at least, so that weights may be taken from it."""
-
-DAMAGED = (
-    *(zipfile.BadZipFile, pickle.UnpicklingError, struct.error, EOFError, OSError, MemoryError, RuntimeError),
-    *(ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError),
-)
-"""What reading a damaged or edited file may raise: it depends on the place of the damage."""
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -80,40 +67,6 @@ class AtomicCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete a checkpoint that is no longer kept."""
         Path(path).unlink(missing_ok=True)
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A simipu3d checkpoint as tensors and plain values.
-
-    Raises:
-        UserError: it is missing, damaged, or not one of ours.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint")
-    way_out = f"use another of {path.resolve().parent}"
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch writes check sums and does not look at them
-            broken = archive.testzip()
-        if broken:
-            raise UserError(f"{path}: damaged: {broken} in it fails its check sum; {way_out}")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except DAMAGED as error:
-        what = (
-            "holds more than tensors and plain values"
-            if isinstance(error, pickle.UnpicklingError)
-            else "cut or foreign"
-        )
-        raise UserError(f"{path}: damaged, or not a checkpoint ({what}); {way_out}") from error
-    own = checkpoint.get("simipu3d") if isinstance(checkpoint, dict) else None
-    if not isinstance(own, dict) or RUN_KEYS - own.keys() or not isinstance(checkpoint.get("state_dict"), dict):
-        raise UserError(
-            f"{path}: not a checkpoint of simipu3d pretrain; weights of other origin go to --init or image_encoder.pretrained"
-        )
-    own["config"] = upgrade(own["config"])
-    return checkpoint
 
 
 def default_out(cfg: str | Path) -> Path:
