@@ -10,6 +10,7 @@ COMMANDS = {
     "prepare_data": "write a data set as shards, on one disk or behind a URL, and prove them whole",
     "inspect_data": "draw what a configuration reads: projected points, boxes, views and their matches",
     "benchmark": "time parts of the package against each other",
+    "score": "score detections or depth maps by a benchmark's official rules; needs no model",
     "export": "write a pre-trained backbone for another library, and prove that it loads",
 }
 
