@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from simipu3d.config import changed_keys
+from simipu3d.contracts.method import DataInfo
 from simipu3d.data.config import DataConfig
 from simipu3d.engine.pretrain import build_method
 from simipu3d.engine.settings import load_settings, parse_settings
@@ -19,7 +20,7 @@ def test_a_configuration_is_read_resolved_and_built(path):
     resolved = config.to_plain()
     assert parse_settings(resolved, "resolved").to_plain() == resolved
     assert isinstance(config.data, DataConfig)
-    method = build_method(config, READERS[config.data.name].target.point_columns)
+    method = build_method(config, DataInfo(READERS[config.data.name].target.point_columns))
     assert any(parameter.requires_grad for parameter in method.parameters())
 
 
@@ -27,10 +28,10 @@ def test_the_released_recipe_differs_from_the_corrected_one_in_these_switches_on
     kitti, released = (load_settings(f"configs/simipu/{name}.yaml") for name in ("kitti", "kitti_released"))
     assert set(changed_keys(kitti.to_plain(), released.to_plain())) == {
         "data.split",
-        "data.augment.point_draw",
-        "data.augment.scale_centre",
-        "data.augment.too_few",
-        "data.augment.joint_flip",
+        "augment.points.point_draw",
+        "augment.points.scale_centre",
+        "augment.points.too_few",
+        "augment.joint_flip",
         "point_encoder.use_xyz",
         "point_encoder.ffps_range",
         "image_encoder.input",
@@ -55,7 +56,7 @@ def test_the_released_recipe_differs_from_the_corrected_one_in_these_switches_on
 )
 def test_an_encoder_is_swapped_by_one_word(encoder):
     config = load_settings("configs/simipu/kitti.yaml", [f"point_encoder.name={encoder}"])
-    method = build_method(config, ("x", "y", "z", "intensity"))
+    method = build_method(config, DataInfo())
     assert type(method.point_encoder).__module__.startswith("simipu3d.encoders")
     assert config.blocks.point_encoder.name == encoder
 
@@ -67,7 +68,7 @@ def test_an_image_encoder_configuration_changes_the_image_branch_only(path):
     kitti, mine = (load_settings(p).to_plain() for p in (Path("configs/simipu/kitti.yaml"), path))
     assert mine["image_encoder"]["name"].startswith(path.stem.split("_")[0])
     changed = {
-        ".".join(key.split(".")[:2]) for key in changed_keys(kitti, mine) if key != "data.augment.images.pad_multiple"
+        ".".join(key.split(".")[:2]) for key in changed_keys(kitti, mine) if key != "augment.images.pad_multiple"
     }
     assert {key for key in changed if not key.startswith("image_encoder.")} == {"optim.image"}
 
@@ -93,7 +94,7 @@ def test_another_data_set_changes_the_data_only(name):
 def test_the_released_networks_have_their_size():
     """Sizes of the authors' checkpoint: PointNet++ 1,778,432, point heads 2 x 2,234,752, image head 8,663,424, ResNet-50
     trunk 23,508,032."""
-    method = build_method(load_settings("configs/simipu/kitti_released.yaml"), ("x", "y", "z", "intensity"))
+    method = build_method(load_settings("configs/simipu/kitti_released.yaml"), DataInfo())
     sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in method.named_children()}
     assert sizes == {
         "point_encoder": 1_778_432,

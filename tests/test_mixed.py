@@ -10,9 +10,10 @@ from test_kitti import write_frame
 from simipu3d.benchmark.synthetic_waymo.drive import WaymoDrive
 from simipu3d.benchmark.synthetic_waymo.files import write_waymo_v2
 from simipu3d.benchmark.synthetic_waymo.rig import WaymoRigSettings
-from simipu3d.config import parse_part, to_plain
+from simipu3d.config import parse_block, parse_part, to_plain
 from simipu3d.contracts.frame import FrameReader, TruthKind
-from simipu3d.data.config import DataConfig
+from simipu3d.contracts.method import Needs
+from simipu3d.data.config import AugmentConfig, DataConfig, PointAugmentConfig
 from simipu3d.data.loading.loader import build_reader, make_loader
 from simipu3d.data.readers.mixed import MixedSet, _join_classes
 from simipu3d.data.shards.frames import PrepareConfig
@@ -99,15 +100,18 @@ def test_the_sets_are_mixed_throughout_an_epoch(root):
     assert 10 < first_half.sum() < 30
 
 
-def loader_of(reader, config, **keys):
-    return make_loader(config, 3, reader=reader, **keys)
+NEEDS = Needs(point_views=2, image_views=1)
+AUGMENT = AugmentConfig(points=PointAugmentConfig(num_points=20))
+
+
+def loader_of(reader, config, augment=AUGMENT, **keys):
+    return make_loader(config, augment, NEEDS, 3, reader=reader, **keys)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ranks_workers_and_restarts_change_nothing(workers, root):
     sets = [street(9, weight=3.0, root=root), street(7, root=root, seed=1)]
-    augment = {"num_points": 20, "images": {"resize": None}}
-    config = parse(*sets, batch_size=2, num_workers=workers, augment=augment)
+    config = parse(*sets, batch_size=2, num_workers=workers)
     reader = build_reader(config)
     loader = loader_of(reader, config)
     whole = [[batch.frame_ids for batch in loader] for _ in range(2)]
@@ -124,8 +128,7 @@ def test_ranks_workers_and_restarts_change_nothing(workers, root):
 
 def test_a_frame_that_comes_again_in_an_epoch_is_drawn_anew(root):
     """A set of two frames with nine tenths of the weight."""
-    augment = {"num_points": 20, "images": {"resize": None}}
-    config = parse(street(2, weight=9.0, root=root), street(8, root=root, seed=1), batch_size=1, augment=augment)
+    config = parse(street(2, weight=9.0, root=root), street(8, root=root, seed=1), batch_size=1)
     config = config.model_copy(update={"num_workers": 0})
     views = {}
     for batch in loader_of(build_reader(config), config):
@@ -173,8 +176,8 @@ def test_real_kitti_and_nuscenes_make_one_batch(samples, root):
         num_workers=0,
         on_bad_frame="skip",
         max_bad_fraction=1.0,
-        augment={"num_points": 300, "images": {"resize": "factor", "resize_factor": [0.5, 0.5]}},
     )
+    augment = {"points": {"num_points": 300}, "images": {"resize": "factor", "resize_factor": [0.5, 0.5]}}
     reader = build_reader(config)
     assert reader.point_columns == ("x", "y", "z", "intensity")
     assert reader[5].points.shape[1] == 4
@@ -183,14 +186,14 @@ def test_real_kitti_and_nuscenes_make_one_batch(samples, root):
     assert names[0] == "kitti:training/000000"
     assert names[5].startswith("nuscenes:")
     assert reader[5].sequence_id.startswith("nuscenes:scene-")
-    batch = next(iter(loader_of(reader, config)))
+    batch = next(iter(loader_of(reader, config, parse_block("augment", AugmentConfig, augment))))
     assert batch.bad_frames == ()
     for frame, name in enumerate(batch.frame_ids):
         points = int((batch.views[0].batch_index == frame).sum())
-        own = batch.images.batch_index == frame
+        own = batch.images[0].batch_index == frame
         if name.startswith("nuscenes:"):
             assert points == 500
-            assert batch.images.image_size[own].tolist() == [[225, 400]] * 6
+            assert batch.images[0].image_size[own].tolist() == [[225, 400]] * 6
         else:
             assert points == 300
             assert int(own.sum()) == 1
@@ -204,16 +207,16 @@ def test_the_shipped_configuration_mixes_kitti_nuscenes_and_waymo(samples, tmp_p
     places = [f"data.sets.0.root={samples / 'kitti'}", f"data.sets.1.root={samples / 'nuscenes'}"]
     places += [f"data.sets.2.root={tmp_path / 'waymo'}", "data.sets.2.split=all", "data.sets.2.load_interval=1"]
     small = ["data.sets.1.version=v1.0-mini", "data.sets.1.split=all", "data.max_bad_fraction=1.0"]
-    small += ["data.on_bad_frame=skip", "data.num_workers=0", "data.batch_size=1", "data.augment.num_points=512"]
-    config = load_settings("configs/simipu/mixed.yaml", [*places, *small]).data
-    reader = build_reader(config)
+    small += ["data.on_bad_frame=skip", "data.num_workers=0", "data.batch_size=1", "augment.points.num_points=512"]
+    settings = load_settings("configs/simipu/mixed.yaml", [*places, *small])
+    config, reader = settings.data, build_reader(settings.data)
     assert reader.point_columns == ("x", "y", "z", "intensity")
     assert len(set(reader.shares.tolist())) <= 2
     found = {}
-    for batch in loader_of(reader, config):
+    for batch in loader_of(reader, config, settings.augment):
         assert batch.bad_frames == ()
         assert len(batch.views[0].points) == 512
-        found.setdefault(batch.frame_ids[0].partition(":")[0], set()).add(tuple(batch.images.camera_names))
+        found.setdefault(batch.frame_ids[0].partition(":")[0], set()).add(batch.images[0].camera_names)
     assert set(found) == {"kitti", "nuscenes", "waymo"}
     assert (found["kitti"], found["waymo"]) == ({("image_2",)}, {("FRONT",)})
 
