@@ -26,7 +26,7 @@ setup(
         "simipu3d.configs",
     ],
     package_dir={"simipu3d.ops": "ops", "simipu3d.tools": "tools", "simipu3d.configs": "configs"},
-    package_data={"simipu3d.configs": ["**/*.yaml"]},
+    package_data={"simipu3d": ["py.typed"], "simipu3d.configs": ["**/*.yaml"]},
     install_requires=[
         "torch>=2.6",
         "torchvision",

@@ -110,6 +110,7 @@ def test_a_run_that_is_ended_at_random_goes_on(number, server, tiny, tiny_run, t
         workers = 2 if way == "worker" else rng.choice([0, 2])
         arguments = ["--cfg", str(tiny), "--out", str(out), "--resume", "--set", f"data.num_workers={workers}"]
         dies = rng.randrange(1, 6) if way == "checkpoint" else 0
+        errors.touch()  # the process may be ended before it opens it
         process = server.Process(target=run, args=(arguments, str(errors), dies))
         process.start()
         interfere(way, process, out, rng, ballast)

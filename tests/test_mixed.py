@@ -10,10 +10,10 @@ from test_kitti import write_frame
 from simipu3d.benchmark.synthetic_waymo.drive import WaymoDrive
 from simipu3d.benchmark.synthetic_waymo.files import write_waymo_v2
 from simipu3d.benchmark.synthetic_waymo.rig import WaymoRigSettings
-from simipu3d.config import parse_block, parse_part, to_plain
+from simipu3d.config import parse_part, to_plain
 from simipu3d.contracts.frame import FrameReader, TruthKind
 from simipu3d.contracts.method import Needs
-from simipu3d.data.config import AugmentConfig, DataConfig, PointAugmentConfig
+from simipu3d.data.config import AugmentConfig, DataConfig, ImageAugmentConfig, PointAugmentConfig
 from simipu3d.data.loading.loader import build_reader, make_loader
 from simipu3d.data.readers.mixed import MixedSet, _join_classes
 from simipu3d.data.shards.frames import PrepareConfig
@@ -101,10 +101,10 @@ def test_the_sets_are_mixed_throughout_an_epoch(root):
 
 
 NEEDS = Needs(point_views=2, image_views=1)
-AUGMENT = AugmentConfig(points=PointAugmentConfig(num_points=20))
+FEW = AugmentConfig(points=PointAugmentConfig(num_points=20), images=ImageAugmentConfig(resize=None))
 
 
-def loader_of(reader, config, augment=AUGMENT, **keys):
+def loader_of(reader, config, augment=FEW, **keys):
     return make_loader(config, augment, NEEDS, 3, reader=reader, **keys)
 
 
@@ -177,7 +177,8 @@ def test_real_kitti_and_nuscenes_make_one_batch(samples, root):
         on_bad_frame="skip",
         max_bad_fraction=1.0,
     )
-    augment = {"points": {"num_points": 300}, "images": {"resize": "factor", "resize_factor": [0.5, 0.5]}}
+    half = ImageAugmentConfig(resize="factor", resize_factor=(0.5, 0.5))
+    augment = AugmentConfig(points=PointAugmentConfig(num_points=300), images=half)
     reader = build_reader(config)
     assert reader.point_columns == ("x", "y", "z", "intensity")
     assert reader[5].points.shape[1] == 4
@@ -186,14 +187,15 @@ def test_real_kitti_and_nuscenes_make_one_batch(samples, root):
     assert names[0] == "kitti:training/000000"
     assert names[5].startswith("nuscenes:")
     assert reader[5].sequence_id.startswith("nuscenes:scene-")
-    batch = next(iter(loader_of(reader, config, parse_block("augment", AugmentConfig, augment))))
+    batch = next(iter(loader_of(reader, config, augment)))
+    (images,) = batch.images
     assert batch.bad_frames == ()
     for frame, name in enumerate(batch.frame_ids):
         points = int((batch.views[0].batch_index == frame).sum())
-        own = batch.images[0].batch_index == frame
+        own = images.batch_index == frame
         if name.startswith("nuscenes:"):
             assert points == 500
-            assert batch.images[0].image_size[own].tolist() == [[225, 400]] * 6
+            assert images.image_size[own].tolist() == [[225, 400]] * 6
         else:
             assert points == 300
             assert int(own.sum()) == 1
@@ -216,7 +218,7 @@ def test_the_shipped_configuration_mixes_kitti_nuscenes_and_waymo(samples, tmp_p
     for batch in loader_of(reader, config, settings.augment):
         assert batch.bad_frames == ()
         assert len(batch.views[0].points) == 512
-        found.setdefault(batch.frame_ids[0].partition(":")[0], set()).add(batch.images[0].camera_names)
+        found.setdefault(batch.frame_ids[0].partition(":")[0], set()).add(tuple(batch.images[0].camera_names))
     assert set(found) == {"kitti", "nuscenes", "waymo"}
     assert (found["kitti"], found["waymo"]) == ({("image_2",)}, {("FRONT",)})
 

@@ -148,11 +148,11 @@ def test_a_registry_refuses_what_could_not_be_built():
     with pytest.raises(ValueError, match="wheel 'round' is registered twice"):
         with_keys.register("round", config=Keys)(object)
     with pytest.raises(ValueError, match=r"wheel 'square' needs config="):
-        with_keys.register("square")
+        with_keys.register("square")(object)
     with pytest.raises(ValueError, match=r"wheel 'square' needs config="):
-        with_keys.register("square", config=Keys(name="square"))
+        with_keys.register("square", config=Keys(name="square"))(object)
     with pytest.raises(ValueError, match=r"rule 'iron' has no config="):
-        without.register("iron", config=Keys)
+        without.register("iron", config=Keys)(object)
     with pytest.raises(UserError, match="no rule is called 'iron'; there are golden"):
         without["iron"]
     assert len({registry.kind for registry in REGISTRIES}) == len(REGISTRIES)

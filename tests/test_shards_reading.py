@@ -16,6 +16,8 @@ from helpers import BLOCKS
 from shard_sets import SMALL, contents, difference, open_shards, parse
 
 from simipu3d.contracts.frame import EVERYTHING, Wants
+from simipu3d.contracts.method import Needs
+from simipu3d.data.config import AugmentConfig, ImageAugmentConfig, PointAugmentConfig
 from simipu3d.data.loading.loader import BadFrameLimit, build_reader, make_loader
 from simipu3d.data.readers.base import TRUTH_KINDS
 from simipu3d.data.shards import store as shard_store
@@ -118,9 +120,12 @@ def test_verification_passes_a_whole_set_and_names_every_damaged_shard(copy, cap
     assert contents(copy) == before, "verification writes nothing"
 
 
+NEEDS = Needs(point_views=2, image_views=1)
+FEW = AugmentConfig(points=PointAugmentConfig(num_points=60), images=ImageAugmentConfig(resize=None))
+
+
 def loader_config(url, **keys):
-    augment = {"num_points": 60, "images": {"resize": None}}
-    return parse(name="shards", root=str(url), **{"batch_size": 2, "num_workers": 0, "augment": augment, **keys})
+    return parse(name="shards", root=str(url), **{"batch_size": 2, "num_workers": 0, **keys})
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -129,13 +134,15 @@ def test_training_meets_a_flipped_bit_as_a_bad_frame(workers, copy):
     flip(copy / "shard-000001.tar", offset + 300)
     config = loader_config(copy, num_workers=workers)
     limit = BadFrameLimit(config, 11)
-    messages = [line for seed in range(3) for batch in make_loader(config, seed) for line in batch.bad_frames]
+    messages = [
+        line for seed in range(3) for batch in make_loader(config, FEW, NEEDS, seed) for line in batch.bad_frames
+    ]
     with pytest.raises(BadFrameError, match=rf"shard-000001\.tar: frame {frame_id}: points\.npy differs"):
         limit.add(messages)
     config = loader_config(copy, num_workers=workers, on_bad_frame="skip")
     limit, names = BadFrameLimit(config, 11), []
     for seed in range(3):
-        for batch in make_loader(config, seed):
+        for batch in make_loader(config, FEW, NEEDS, seed):
             limit.add(batch.bad_frames)
             names += batch.frame_ids
     assert frame_id not in names
@@ -266,7 +273,7 @@ def test_an_epoch_goes_through_few_shards_at_a_time(whole):
 
 
 def frames_seen(config, *, rank=0, world_size=1, seed=3, start=(0, 0), epochs=2):
-    loader = make_loader(config, seed, rank, world_size)
+    loader = make_loader(config, FEW, NEEDS, seed, rank, world_size)
     loader.batch_sampler.start(*start)
     return [[batch.frame_ids for batch in loader] for _ in range(epochs)]
 
@@ -425,7 +432,7 @@ def test_pretraining_runs_on_shards_and_goes_on(whole, tmp_path):
             "batch_size": 2,
             "num_workers": 2,
         },
-        "augment": {"points": {"num_points": 200}},
+        "augment": {"points": {"num_points": 200}, "images": {"resize": None}},
         "prepare": {"points": "int32_mm"},
         **BLOCKS,
         "trainer": {"max_steps": 3, "accelerator": "cpu", "log_every_n_steps": 1},

@@ -224,7 +224,7 @@ def keep_settings(saved: dict[str, Any], optimizer: Optimizer, path: str = "the 
                 if not isinstance(value, Tensor) or (value.ndim and value.shape != parameter.shape):
                     raise UserError(f"{path}: its optimizer's {name} does not fit its parameter; use --init")
         settings = {key: value for key, value in new.items() if key != "params"}
-        share = old["lr"] / old["initial_lr"] if old["initial_lr"] else 1.0
-        settings["lr"] = settings.get("initial_lr", settings["lr"]) * share
+        before = old.get("initial_lr", old["lr"])  # none without a schedule
+        settings["lr"] = settings.get("initial_lr", settings["lr"]) * (old["lr"] / before if before else 1.0)
         merged.append({**settings, "params": old["params"]})
     return {**saved, "param_groups": merged}
