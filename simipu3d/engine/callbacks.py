@@ -151,10 +151,10 @@ class Checkpoints(Checkpoint):
         self.run = run
         self.every_steps = every_steps
         self.keep_every_epochs = keep_every_epochs
+        self._due: list[Path] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved = trainer.global_step
-        self._due: list[Path] = []
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
