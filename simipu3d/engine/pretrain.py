@@ -115,7 +115,7 @@ def build_trainer(settings: Settings, run: RunDirectory, stop: StopSignals) -> p
         accumulate_grad_batches=own.accumulate_grad_batches,
         gradient_clip_val=own.gradient_clip_val,
         limit_train_batches=own.limit_train_batches,
-        limit_val_batches=own.limit_val_batches,
+        limit_val_batches=own.limit_val_batches if settings.validate is not None else 0,
         check_val_every_n_epoch=own.check_val_every_n_epoch,
         val_check_interval=own.val_check_interval,
         num_sanity_val_steps=0,
