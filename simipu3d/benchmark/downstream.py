@@ -2,7 +2,8 @@
 
 Every row is one call on synthetic input (KITTI: the labels of `--samples`, repeated, where there are some), after a first
 call on a small one that compiles the kernels; a figure is the median of its rounds. `torch.get_num_threads()` threads work
-on rotated boxes; the rest runs on one.
+on rotated boxes; the rest runs on one. `core_seconds` is what the process used of all cores: on a machine that does other
+work too, it is the figure to compare.
 """
 
 import statistics
@@ -42,12 +43,14 @@ def measure(samples: Path | None, quick: bool) -> list[dict[str, Any]]:
 
 
 def _timed(case: str, amount: str, call: Callable[[], Any], rounds: int) -> dict[str, Any]:
-    seconds = []
+    seconds, of_cores = [], []
     for _ in range(rounds):
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         call()
         seconds.append(time.perf_counter() - start)
-    return {"case": case, "amount": amount, "seconds": statistics.median(seconds), "threads": torch.get_num_threads()}
+        of_cores.append(time.process_time() - used)
+    medians = {"seconds": statistics.median(seconds), "core_seconds": statistics.median(of_cores)}
+    return {"case": case, "amount": amount, **medians, "threads": torch.get_num_threads()}
 
 
 def _boxes(rng: np.random.Generator, num: int, spread: float) -> np.ndarray:
