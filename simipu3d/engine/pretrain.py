@@ -234,7 +234,7 @@ def _train(settings: Settings, out: Path, resume: str | None, init: Path | None,
             log.info("resuming from step %d: %s", run.resumed_step, run.checkpoint)
         with disk_errors(out):
             build_trainer(settings, run, stop).fit(module, ckpt_path=run.checkpoint, weights_only=True)
-    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except (RuntimeError, OSError, EOFError, LookupError, TypeError, ValueError, AttributeError) as error:
         known = None if isinstance(error, UserError) else lost_worker(error) or not_restored(error, run.checkpoint)
         if known is None:
             raise
