@@ -227,9 +227,10 @@ def judge(camera: str, frames: Sequence[EdgeScores]) -> CalibrationCheck:
         verdict = "seems off"
     elif sideways is not None and sideways.num_frames >= FEWEST_FRAMES:
         # In height, road and horizon make any picture fit a little; only the sideways peak is the scene's own.
-        if sideways.contrast + 3 * sideways.contrast_error < NO_FIT:
+        spread = 3 * sideways.contrast_error
+        if sideways.contrast < spread and sideways.contrast + spread < NO_FIT:
             verdict = "does not fit"
-        elif sideways.contrast > max(NO_FIT, 3 * sideways.contrast_error):
+        elif sideways.contrast > max(NO_FIT, spread) and abs(sideways.offset) <= limits[0]:
             verdict = "agrees"
     return CalibrationCheck(
         camera, verdict, _message(verdict, (sideways, upwards), limits, len(frames)), sideways, upwards
