@@ -129,5 +129,5 @@ def test_a_calibrated_network_normalises_its_pictures():
     assert any(isinstance(module, BatchNorm) for module in network.trunk.modules())
     with torch.no_grad():
         given = network.trunk.bn1(network.trunk.conv1(network.normalise(images, torch.tensor([[48, 64]] * 4))))
-    torch.testing.assert_close(given.mean((0, 2, 3)), torch.zeros(8), rtol=0, atol=1e-3)
-    torch.testing.assert_close(given.var((0, 2, 3)), torch.ones(8), rtol=1e-2, atol=0)
+    assert given.mean((0, 2, 3)).abs().max() < 1e-3
+    assert (given.var((0, 2, 3)) - 1).abs().max() < 1e-2
