@@ -34,7 +34,7 @@ class _Step(NamedTuple):
 
 def is_timm(trunk: nn.Module) -> bool:
     """Whether a backbone is a timm model, or one that a plugin registered in `IMAGE_BACKBONES`."""
-    return not hasattr(trunk, "levels")
+    return hasattr(trunk, "pretrained_cfg") or not hasattr(trunk, "levels")  # timm's NesT has `levels` of its own
 
 
 def forward_levels(
