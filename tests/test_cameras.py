@@ -161,7 +161,9 @@ def test_the_pairs_of_one_token_are_no_negatives_of_each_other(mask_duplicates, 
         losses.append(logits.logsumexp(0) - logits[keys.index(row)])
     torch.testing.assert_close(method(batch)["inter_loss"], torch.stack(losses).mean())
     # With each other as negatives the loss would be higher: the point side of both is the same.
-    assert float(info_nce(embedded.inter.image_rows, embedded.inter.point_rows, 0.07).loss) > float(torch.stack(losses).mean())
+    assert float(info_nce(embedded.inter.image_rows, embedded.inter.point_rows, 0.07).loss) > float(
+        torch.stack(losses).mean()
+    )
 
 
 def test_kept_tokens_that_nothing_shows_stand_in_one_row_each():

@@ -175,7 +175,9 @@ def test_errors_name_the_key(block, words):
 
 def test_an_unknown_branch_is_named_with_those_there_are():
     check_branches(small_method(), default({"image": {"lr": 0.1}}))
-    with pytest.raises(UserError, match=r"optim\.point: the method has no such branch; there are points, heads, image$"):
+    with pytest.raises(
+        UserError, match=r"optim\.point: the method has no such branch; there are points, heads, image$"
+    ):
         check_branches(small_method(), default({"point": {"name": "sgd"}}))
 
 

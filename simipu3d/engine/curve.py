@@ -34,8 +34,9 @@ class Curve(LRScheduler):
         return {"last_epoch": self.last_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at the place that `resume.schedule_states` says, with the rates of this configuration."""
-        self.last_epoch = state_dict[f"{self.interval}s_done"]
+        """Go on at the count of the state, or the one that `resume.schedule_states` says for this interval, with the rates
+        of this configuration."""
+        self.last_epoch = state_dict.get(f"{self.interval}s_done", state_dict["last_epoch"])
         self._step_count = self.last_epoch + 1
         rates = self.get_lr()
         self._last_lr = list(rates)

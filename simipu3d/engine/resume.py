@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationEr
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from simipu3d.engine.processes import passed_through
 from simipu3d.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -111,12 +112,9 @@ def _plain(value: Any) -> bool:
 
 def not_restored(error: Exception, path: Path | None) -> UserError | None:
     """The line about a checkpoint that Lightning could not restore, when that is where the error comes from."""
-    frame = error.__traceback__
-    while frame is not None and path is not None:
-        if frame.tb_frame.f_globals["__name__"] == checkpoint_connector.__name__:
-            return _changed(path, f"cannot be restored ({type(error).__name__}: {error})")
-        frame = frame.tb_next
-    return None
+    if path is None or not passed_through(error, checkpoint_connector.__name__):
+        return None
+    return _changed(path, f"cannot be restored ({type(error).__name__}: {error})")
 
 
 def _changed(path: Path, what: str) -> UserError:
@@ -224,7 +222,7 @@ def keep_settings(saved: dict[str, Any], optimizer: Optimizer, path: str = "the 
                 if not isinstance(value, Tensor) or (value.ndim and value.shape != parameter.shape):
                     raise UserError(f"{path}: its optimizer's {name} does not fit its parameter; use --init")
         settings = {key: value for key, value in new.items() if key != "params"}
-        share = old["lr"] / old["initial_lr"] if old["initial_lr"] else 1.0
-        settings["lr"] = settings.get("initial_lr", settings["lr"]) * share
+        before = old.get("initial_lr", old["lr"])  # none without a schedule
+        settings["lr"] = settings.get("initial_lr", settings["lr"]) * (old["lr"] / before if before else 1.0)
         merged.append({**settings, "params": old["params"]})
     return {**saved, "param_groups": merged}
