@@ -7,6 +7,7 @@ pictures agree with the calibration (`data.calibration_check`).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -358,15 +359,12 @@ def _time_problems(sequence: str, frames: list[FrameCheck]) -> Iterator[str]:
     times = np.array([check.timestamp for check in frames])
     steps = np.diff(times) / np.diff([check.index for check in frames])
     usual = np.median(steps[steps > 0]) if (steps > 0).any() else 0.0
-    for before, after, step in zip(frames[:-1], frames[1:], steps, strict=True):
+    for before, after, (earlier, later), step in zip(frames[:-1], frames[1:], pairwise(times), steps, strict=True):
         where = f"sequence {sequence or '(unnamed)'}: frame {after.frame_id}"
         if step <= 0:
-            yield f"{where} at {after.timestamp:.3f} s follows {before.frame_id} at {before.timestamp:.3f} s"
+            yield f"{where} at {later:.3f} s follows {before.frame_id} at {earlier:.3f} s"
         elif step > GAP * usual:
-            yield (
-                f"{where} comes {after.timestamp - before.timestamp:.3f} s after {before.frame_id}; {usual:.3f} s are "
-                "usual"
-            )
+            yield f"{where} comes {later - earlier:.3f} s after {before.frame_id}; {usual:.3f} s are usual"
 
 
 def summary(report: Report) -> list[tuple[str, str]]:
