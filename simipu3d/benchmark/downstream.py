@@ -179,7 +179,6 @@ def _nuscenes_row(num_samples: int, rounds: int) -> dict[str, Any]:
         )
 
     truth, found, ego_xy = side(30), side(200), np.zeros((num_samples, 2))
-    first = [boxes.take(boxes.sample == 0) for boxes in (truth, found)]
-    nuscenes_score(*first, ego_xy)
+    nuscenes_score(truth.take(truth.sample == 0), found.take(found.sample == 0), ego_xy)
     amount = f"{num_samples} samples, {len(truth)} labels, {len(found)} predictions"
     return _timed("nuScenes NDS, arrays", amount, lambda: nuscenes_score(truth, found, ego_xy), rounds)

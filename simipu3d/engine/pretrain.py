@@ -203,7 +203,7 @@ def pretrain(
     """
     if resume and init is not None:
         raise UserError("--init: a resumed run has its weights already; leave out --init or --resume")
-    first_process = pl.utilities.rank_zero_only.rank in (0, None)
+    first_process = getattr(pl.utilities.rank_zero_only, "rank", None) in (0, None)
     _quiet_lightning(first_process)
     settings = load_settings(cfg, sets)
     _check_devices(settings.trainer)

@@ -247,8 +247,7 @@ def with_data_range(model: type[BaseModel], blocks: dict[str, Any], data: DataCo
         if registry is not POINT_ENCODERS or not isinstance(block, dict) or block.get("point_range"):
             continue
         if block.get("name") in registry.names():
-            model = registry[block["name"]].config
-            field = None if model is None else model.model_fields.get("point_range")
+            field = registry[block["name"]].model.model_fields.get("point_range")
             if field is not None and field.default is not None:
                 filled[name] = {**block, "point_range": box}
     return filled
