@@ -192,8 +192,9 @@ def parse_settings(raw: dict[str, Any], source: str) -> Settings:
 
 
 def _validate_data(raw: dict[str, Any], validate: ValidateConfig) -> DataConfig:
-    """The `data:` block of held-out frames: that of training, with what differs."""
-    merged = merge({"data": raw["data"]}, {"data": validate.data})["data"]
+    """The `data:` block of held-out frames: that of training, with what differs. Few labels are for training."""
+    every = {key: value for key, value in raw["data"].items() if key not in ("label_fraction", "label_seed")}
+    merged = merge({"data": every}, {"data": validate.data})["data"]
     try:
         return parse_part("data", READERS, merged)
     except UserError as error:

@@ -1,0 +1,1 @@
+"""Benchmarks' numbers by their official definitions: plain arrays in, numbers out."""
