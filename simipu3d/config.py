@@ -9,10 +9,11 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, PlainValidator, SerializeAsAny, ValidationError
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic_core import CoreSchema, core_schema
 
 from simipu3d.errors import UserError
 from simipu3d.registry import Registry
@@ -282,29 +283,33 @@ def parse_part(prefix: str, registry: Registry, block: Any) -> PartConfig:
     return parse_block(prefix, entry.config, block)
 
 
-class Chosen(NamedTuple):
-    """Marks a field whose block chooses a registered part by its `name`."""
+class ChosenPart:
+    """Marks a field whose block chooses a registered part by its `name`; the part's own model validates the block.
 
-    registry: Registry
-
-
-def part_field(prefix: str, registry: Registry) -> Any:
-    """The annotation of a field whose block chooses a part, like `point_encoder: part_field("point_encoder", POINT_ENCODERS)`.
+    Written as `point_encoder: Annotated[PartConfig, ChosenPart("point_encoder", POINT_ENCODERS)]`.
 
     Args:
         prefix: name of the block in the file, for error messages.
-        registry: where the part is looked up; its own model validates the block.
+        registry: where the part is looked up.
     """
 
-    def parse(block: Any) -> PartConfig:
-        return block if isinstance(block, PartConfig) else parse_part(prefix, registry, block)
+    def __init__(self, prefix: str, registry: Registry):
+        self.prefix, self.registry = prefix, registry
 
-    return Annotated[PartConfig, PlainValidator(parse), SerializeAsAny(), Chosen(registry)]
+    def parse(self, block: Any) -> PartConfig:
+        """The validated block; one that was validated before is taken as it is."""
+        return block if isinstance(block, PartConfig) else parse_part(self.prefix, self.registry, block)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        plain = core_schema.plain_serializer_function_ser_schema(to_plain)
+        return core_schema.no_info_plain_validator_function(self.parse, serialization=plain)
 
 
 def chosen_parts(model: type[BaseModel]) -> dict[str, Registry]:
     """The fields of a model that choose a registered part, with the registry."""
-    marks = {name: [m for m in field.metadata if isinstance(m, Chosen)] for name, field in model.model_fields.items()}
+    marks = {
+        name: [m for m in field.metadata if isinstance(m, ChosenPart)] for name, field in model.model_fields.items()
+    }
     return {name: found[0].registry for name, found in marks.items() if found}
 
 

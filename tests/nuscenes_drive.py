@@ -155,6 +155,7 @@ def _add_scene(root: Path, tables: dict, scene: int, name: str) -> None:
                     "prev": f"{name}-{frame - 1}-b{kind}" if frame else "",
                     "next": f"{name}-{frame + 1}-b{kind}" if frame + 1 < NUM_FRAMES else "",
                     "num_lidar_pts": 7 + frame,
+                    "visibility_token": str(frame + 1) if kind == 0 else "",
                 }
             )
 

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from simipu3d.config import parse_part
-from simipu3d.contracts.frame import Boxes
-from simipu3d.data.loading.loader import build_reader
+from simipu3d.contracts.frame import EVERYTHING, Boxes, Wants
 from simipu3d.data.readers.files import read_float_rows
+from simipu3d.data.readers.kitti import KittiReader
 from simipu3d.data.readers.kitti_labels import CameraBoxes, difficulty, read_labels, to_camera, to_lidar, wrap_angle
 from simipu3d.errors import BadFrameError, UserError
 from simipu3d.geometry.boxes import box_corners, points_in_boxes
@@ -31,9 +31,9 @@ DontCare -1 -1 -10 503.89 169.71 590.61 190.13 -1 -1 -1 -1000 -1000 -1000 -10
 """
 
 
-def open_kitti(root: Path, **keys):
+def open_kitti(root: Path, wants: Wants = EVERYTHING, **keys):
     keys = {key: str(value) if isinstance(value, Path) else value for key, value in keys.items()}
-    return build_reader(parse_part("data", READERS, {"name": "kitti", "root": str(root), **keys}))
+    return KittiReader(parse_part("data", READERS, {"name": "kitti", "root": str(root), **keys}), wants)
 
 
 def write_frame(root: Path, frame_id: str) -> None:
@@ -149,7 +149,7 @@ def test_missing_folders_are_named(root, tmp_path):
         open_kitti(root, split="all")
     with pytest.raises(UserError, match=r"data\.root: this key is needed"):
         parse_part("data", READERS, {"name": "kitti"})
-    with pytest.raises(UserError, match=r"data\.split_file"):
+    with pytest.raises(UserError, match=r"split_file"):
         open_kitti(root, split="all", split_file=tmp_path / "x.txt")
 
 
@@ -200,7 +200,7 @@ def test_labels_are_optional_and_an_empty_file_means_no_objects(root):
     assert reader[0].boxes.names == ("Car",)
     assert reader[1].boxes is None
     assert len(reader[2].boxes) == 0
-    assert open_kitti(root, split="all", load_boxes=False)[0].boxes is None
+    assert open_kitti(root, split="all", wants=Wants())[0].boxes is None
     assert open_kitti(root, split="test")[0].boxes is None
 
 
@@ -405,7 +405,7 @@ def test_real_labels_fit_their_2d_boxes(samples, root_name):
         camera, boxes = frame.cameras[0], frame.boxes
         height, width = camera.image.shape[:2]
         corners = torch.from_numpy(box_corners(boxes.center, boxes.size, boxes.yaw))
-        for box, name, corner in zip(boxes.image_box, boxes.names, corners, strict=True):
+        for box, name, corner in zip(boxes.image_boxes["image_2"], boxes.names, corners, strict=True):
             cut = box[0] < 1 or box[1] < 1 or box[2] > width - 2 or box[3] > height - 2
             if name != "Car" or cut:
                 continue

@@ -25,6 +25,7 @@ FLOORS = {
     "simipu3d.contracts": 2,
     "simipu3d.config": 1,
     "simipu3d.registry": 1,
+    "simipu3d.moved_keys": 1,
     "simipu3d.compat": 1,
     "simipu3d.command_line": 1,
     "simipu3d.geometry": 1,
@@ -33,7 +34,7 @@ FLOORS = {
     "simipu3d.errors": 0,
     "simipu3d": 0,
 }
-ROOT_FILES = {f"simipu3d.{name}" for name in ("config", "registry", "compat", "command_line")}
+ROOT_FILES = {f"simipu3d.{name}" for name in ("config", "registry", "compat", "command_line", "moved_keys")}
 """One room: they stand in one folder."""
 FILES = sorted(path for top in ("simipu3d", "ops", "tools") for path in (ROOT / top).rglob("*.py"))
 

@@ -48,7 +48,6 @@ def write_made_data(folder: Path, samples: Path | None, quick: bool) -> list[Cas
     cases = []
     for version in ("v2", "v1"):
         block = {"name": "waymo", "version": version, "root": str(folder / f"waymo_{version}"), "split": "all"}
-        block |= {"load_boxes": False}
         cases += [
             Case(f"waymo {version}, top lidar, 1 camera", block | small),
             Case(f"waymo {version}, 5 lidars, 5 cameras", block),
@@ -61,10 +60,10 @@ def write_made_data(folder: Path, samples: Path | None, quick: bool) -> list[Cas
     }
     cases += _with_shards("drive_world", made, folder)
     if samples is not None:
-        kitti = {"name": "kitti", "root": str(samples / "kitti"), "split": "all", "load_boxes": False}
+        kitti = {"name": "kitti", "root": str(samples / "kitti"), "split": "all"}
         nuscenes = {"name": "nuscenes", "root": str(samples / "nuscenes"), "version": "v1.0-mini", "split": "all"}
         cases += _with_shards("kitti", kitti, folder)
-        cases += _with_shards("nuscenes", nuscenes | {"load_boxes": False}, folder)
+        cases += _with_shards("nuscenes", nuscenes, folder)
     return cases
 
 
@@ -79,7 +78,7 @@ def _with_shards(name: str, data: dict[str, Any], folder: Path) -> list[Case]:
     for images in ("keep", "jpeg"):
         out = folder / f"{name}_{images}"
         prepare_shards(parse_part("data", READERS, data), PrepareConfig(images=images), str(out))
-        shards = {"name": "shards", "root": str(out), "load_ground_truth": False}
+        shards = {"name": "shards", "root": str(out)}
         if "augment" in data:
             shards["augment"] = data["augment"]
         cases.append(Case(f"shards of {name}, images {images}", shards, against=name))

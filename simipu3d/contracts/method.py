@@ -91,7 +91,7 @@ class Method(nn.Module):
 
     Config: ClassVar[type[PartConfig]]
     """The method's own blocks: every field is a top-level key of the configuration file. A block that chooses a registered
-    part by its `name` is declared as `part_field(registry)` (`simipu3d.config`)."""
+    part by its `name` is annotated with `simipu3d.config.ChosenPart`."""
     NEEDS: ClassVar[Needs]
     """What is read, drawn and carried for this method."""
     OPTIM: ClassVar[Mapping[str, Mapping[str, Any]]] = {}

@@ -1,65 +1,26 @@
 """What happens beside training: numbers, pictures and checkpoints of a run."""
 
-import csv
 import logging
-import os
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from simipu3d.contracts.batch import Batch
 from simipu3d.contracts.method import Method, Picture
+from simipu3d.engine.metrics import MetricsFile, average, readable
+from simipu3d.engine.module import TrainingModule
 from simipu3d.engine.run import RunDirectory
 from simipu3d.errors import UserError
 from simipu3d.pictures import save_png
 
 log = logging.getLogger(__name__)
-
-
-class MetricsFile:
-    """metrics.csv: a row a logging step, appended; a new column rewrites the file.
-
-    Args:
-        path: the file.
-        keep_until: rows of later steps are cut (None: the file starts empty).
-    """
-
-    def __init__(self, path: Path, keep_until: int | None):
-        self.path = path
-        rows = self._read() if keep_until is not None else []
-        self._write([row for row in rows if row["step"] and int(row["step"]) <= (keep_until or 0)])
-
-    def _read(self) -> list[dict[str, str]]:
-        if not self.path.exists():
-            return []
-        with open(self.path, newline="", encoding="utf-8") as file:
-            return [row for row in csv.DictReader(file) if None not in row.values()]
-
-    def _write(self, rows: list[dict[str, Any]]) -> None:
-        self.columns = list(dict.fromkeys(key for row in rows for key in row))
-        part = self.path.with_name(f".{self.path.name}.part")
-        with open(part, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns)
-            if self.columns:
-                writer.writeheader()
-            writer.writerows(rows)
-        os.replace(part, self.path)
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Add a row at the end."""
-        if not set(row) <= set(self.columns):
-            self._write([*self._read(), row])
-            return
-        with open(self.path, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.columns).writerow(row)
 
 
 def peak_memory_gb() -> float:
@@ -69,32 +30,20 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def average(parts: Sequence[tuple[Mapping[str, float], int]]) -> dict[str, float]:
-    """One number a name from several batches or processes.
-
-    Args:
-        parts: each one's numbers and its frames. What is a mean over rows (`<task>_loss`, `_ceiling`, `_top1`) is weighted
-            by `<task>_rows`, a name that ends in `_max` stays a maximum, all others are weighted by frames.
-    """
-    result = {}
-    for name in dict.fromkeys(name for metrics, _ in parts for name in metrics):
-        own = [(metrics, frames) for metrics, frames in parts if name in metrics]
-        values = torch.tensor([metrics[name] for metrics, _ in own], dtype=torch.float32)
-        task, _, what = name.rpartition("_")
-        if name.endswith("_max"):
-            result[name] = float(values.max())
-        elif what in ("loss", "ceiling", "top1") and f"{task}_rows" in own[0][0]:
-            result[name] = _weighted(values, [metrics[f"{task}_rows"] for metrics, _ in own])
-        elif len({frames for _, frames in own}) == 1:
-            result[name] = float(values.mean())
-        else:
-            result[name] = _weighted(values, [frames for _, frames in own])
-    return result
+def training_module(pl_module: LightningModule) -> TrainingModule:
+    """Lightning's word for it is wider."""
+    assert isinstance(pl_module, TrainingModule)
+    return pl_module
 
 
-def _weighted(values: Tensor, weights: Sequence[float]) -> float:
-    own = torch.tensor(weights, dtype=torch.float32)
-    return float((values * own).sum() / own.sum().clamp(min=1))
+def log_every(trainer: Trainer) -> int:
+    """`trainer.log_every_n_steps`."""
+    return trainer.log_every_n_steps  # type: ignore[attr-defined]
+
+
+def _logger(trainer: Trainer) -> TensorBoardLogger:
+    assert isinstance(trainer.logger, TensorBoardLogger)
+    return trainer.logger
 
 
 class Metrics(Callback):
@@ -124,9 +73,9 @@ class Metrics(Callback):
     ) -> None:
         self._frames += batch.num_frames * trainer.world_size
         step = trainer.global_step
-        if step == self._last_step or (step % trainer.log_every_n_steps and step != trainer.estimated_stepping_batches):
+        if step == self._last_step or (step % log_every(trainer) and step != trainer.estimated_stepping_batches):
             return
-        names = list(outputs["metrics"])
+        names, logger = list(outputs["metrics"]), _logger(trainer)
         frames = torch.tensor([float(batch.num_frames)], device=pl_module.device)
         values = torch.cat([torch.stack([outputs["metrics"][name].detach().float() for name in names]), frames])
         each = trainer.strategy.all_gather(values).reshape(-1, len(names) + 1).tolist()
@@ -139,45 +88,25 @@ class Metrics(Callback):
         self._last_step, self._frames, self._since = step, 0, time.perf_counter()
         if self.file is not None:
             self.file.append(row)
-            trainer.logger.log_metrics({k: v for k, v in row.items() if k not in ("epoch", "step")}, step=step)
+            logger.log_metrics({k: v for k, v in row.items() if k not in ("epoch", "step")}, step=step)
             if not sys.stderr.isatty():
                 log.info("%s", self._line(row, trainer))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or self.file is None:
             return
-        held_out = {f"val_{name}": value for name, value in pl_module.held_out.items()}
+        numbers = training_module(pl_module).held_out
+        held_out = {f"val_{name}": value for name, value in numbers.items()}
         self.file.append({"epoch": trainer.current_epoch, "step": trainer.global_step, **held_out})
-        trainer.logger.log_metrics(held_out, step=trainer.global_step)
+        _logger(trainer).log_metrics(held_out, step=trainer.global_step)
         where = f"step {trainer.global_step}/{trainer.estimated_stepping_batches}"
-        log.info("%s", "  ".join([where, "held out:", *readable(pl_module.held_out)]))
+        log.info("%s", "  ".join([where, "held out:", *readable(numbers)]))
 
     @staticmethod
     def _line(row: dict[str, Any], trainer: Trainer) -> str:
         """One readable line where there is no progress bar."""
         where = f"step {row['step']}/{trainer.estimated_stepping_batches}"
         return "  ".join([where, *readable(row), f"{row['samples_per_second']:.1f} frames/s"])
-
-
-def readable(metrics: Mapping[str, float]) -> list[str]:
-    """Every `<task>_loss` with its ceiling and top-1 where there are such, in words; the sum alone where there is no task,
-    and whatever a benchmark's score says."""
-    parts = []
-    for name, loss in metrics.items():
-        task = name.removesuffix("_loss")
-        if task == name:
-            continue
-        ceiling, top1 = metrics.get(f"{task}_ceiling"), metrics.get(f"{task}_top1")
-        parts.append(
-            f"{task} {loss:.3f}"
-            + ("" if ceiling is None else f" of {ceiling:.2f}")
-            + ("" if top1 is None else f" (top-1 {top1:.1%})")
-        )
-    if not parts and "loss" in metrics:
-        parts.append(f"loss {metrics['loss']:.3f}")
-    return parts + [
-        f"{name.removeprefix('score_')} {metrics[name]:.3f}" for name in metrics if name.startswith("score_")
-    ]
 
 
 class FiniteLoss(Callback):
@@ -192,7 +121,7 @@ class FiniteLoss(Callback):
         # Summed up on the device, so that a GPU is not waited for at every step.
         broken = (~torch.isfinite(outputs["loss"].detach())).float()
         self._broken = broken if self._broken is None else self._broken + broken
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.global_step % log_every(trainer) == 0:
             self._check(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -238,7 +167,7 @@ class Checkpoints(Checkpoint):
             self._saved = step
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or not pl_module.improves():
+        if trainer.sanity_checking or not training_module(pl_module).improves():
             return
         trainer.save_checkpoint(self.run.best)
 
@@ -276,9 +205,9 @@ class Pictures(Callback):
         if not due or step == self._drawn or not trainer.is_global_zero:
             return
         self._drawn = step
-        for name, picture in pictures_of(pl_module.method, batch).items():
+        for name, picture in pictures_of(training_module(pl_module).method, batch).items():
             save_png(self.run.pictures / f"step_{step:06d}_{name}.png", picture)
-            trainer.logger.experiment.add_image(name, picture, step, dataformats="HWC")
+            _logger(trainer).experiment.add_image(name, picture, step, dataformats="HWC")
 
 
 @torch.no_grad()

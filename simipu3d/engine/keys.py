@@ -12,12 +12,12 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 import simipu3d.engine.parts  # noqa: F401  (fills the registries)
-from simipu3d.config import Chosen, chosen_parts
+from simipu3d.config import ChosenPart, chosen_parts
 from simipu3d.data.config import AugmentConfig
 from simipu3d.data.shards.frames import PrepareConfig
 from simipu3d.engine.optim import ScaleConfig
 from simipu3d.engine.settings import RunConfig, TrainerConfig, ValidateConfig
-from simipu3d.registry import METHODS, OPTIMIZERS, POINT_ENCODERS, READERS, SCHEDULES
+from simipu3d.registry import METHODS, OPTIMIZERS, POINT_ENCODERS, READERS, SCHEDULES, Registry
 
 TITLE = "# Every key of a configuration"
 HEAD = f"""{TITLE}
@@ -46,12 +46,15 @@ def blocks() -> dict[str, type[BaseModel]]:
             own = _models(field.annotation)
             if name not in chosen and own:
                 found.setdefault(name, own[0])
-    for prefix, registry in (("data", READERS), ("point_encoder", POINT_ENCODERS)):
-        found |= {f"{prefix}: {name}": registry[name].config for name in registry.names() if registry[name].config}
+    found |= _of_registry("data", READERS) | _of_registry("point_encoder", POINT_ENCODERS)
     found |= {"augment": AugmentConfig, "optim": ScaleConfig}
-    found |= {f"optim.<branch>: {name}": OPTIMIZERS[name].config for name in OPTIMIZERS.names()}
-    found |= {f"schedule: {name}": SCHEDULES[name].config for name in SCHEDULES.names()}
+    found |= _of_registry("optim.<branch>", OPTIMIZERS) | _of_registry("schedule", SCHEDULES)
     return found | {"trainer": TrainerConfig, "validate": ValidateConfig, "run": RunConfig, "prepare": PrepareConfig}
+
+
+def _of_registry(prefix: str, registry: Registry) -> dict[str, type[BaseModel]]:
+    models = {f"{prefix}: {name}": registry[name].config for name in registry.names()}
+    return {place: model for place, model in models.items() if model is not None}
 
 
 def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
@@ -105,7 +108,7 @@ def _bounds(metadata: Any) -> str:
             words.append(f"at least {mark.min_length} long")
         if isinstance(mark, FieldInfo):  # pydantic keeps bounds of an inner Annotated[..., Field(...)] in one
             words.append(_bounds(mark.metadata).strip())
-        if isinstance(mark, Chosen):
+        if isinstance(mark, ChosenPart):
             words.append(", ".join(mark.registry.names()))
     return (" " + ", ".join(word for word in words if word)) if any(words) else ""
 

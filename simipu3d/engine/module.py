@@ -13,8 +13,10 @@ import simipu3d
 from simipu3d.contracts.batch import Batch
 from simipu3d.contracts.frame import FrameReader
 from simipu3d.contracts.method import Method
-from simipu3d.data.loading.loader import BadFrameLimit, make_evaluation_loader, make_loader
-from simipu3d.engine.callbacks import average
+from simipu3d.data.loading.evaluation import make_evaluation_loader
+from simipu3d.data.loading.loader import BadFrameLimit, make_loader
+from simipu3d.data.loading.order import EpochSampler
+from simipu3d.engine.metrics import average
 from simipu3d.engine.optim import build_optimizer
 from simipu3d.engine.run import git_commit
 from simipu3d.engine.settings import Settings
@@ -101,7 +103,7 @@ class TrainingModule(pl.LightningModule):
         super().optimizer_step(*args, **kwargs)
         self.method.after_step()
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:  # Lightning's own type names a class of its own for this dictionary
         own = self.settings
         frames = own.data.batch_size * self.trainer.world_size * own.trainer.accumulate_grad_batches
         optimizer = build_optimizer(self.method.branches(), own.optim, frames)
@@ -112,6 +114,7 @@ class TrainingModule(pl.LightningModule):
     def train_dataloader(self) -> torch.utils.data.DataLoader:
         rank, world_size, own = self.trainer.global_rank, self.trainer.world_size, self.settings
         loader = make_loader(own.data, own.augment, self.settings.needs, own.seed, rank, world_size, self.reader)
+        assert isinstance(loader.batch_sampler, EpochSampler)
         loader.batch_sampler.start(*self.start)
         return loader
 
@@ -164,7 +167,7 @@ class TrainingModule(pl.LightningModule):
         return True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
         epoch = self.trainer.current_epoch
         if batches >= self.trainer.num_training_batches:
             epoch, batches = epoch + 1, 0

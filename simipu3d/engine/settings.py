@@ -166,7 +166,7 @@ def parse_settings(raw: dict[str, Any], source: str) -> Settings:
     method = METHODS[name].target
     check_top_level(raw, ["method", *method.Config.model_fields, *OWN_BLOCKS], source)
     parse_block("prepare", PrepareConfig, raw.get("prepare"))  # belongs to another tool, may stand in the same file
-    data = parse_part("data", READERS, raw.get("data"))
+    data = parse_data(raw.get("data"))
     blocks = {block: raw[block] for block in method.Config.model_fields if raw.get(block) is not None}
     for block, registry in chosen_parts(method.Config).items():
         if block not in blocks and method.Config.model_fields[block].is_required():
@@ -191,12 +191,26 @@ def parse_settings(raw: dict[str, Any], source: str) -> Settings:
     return settings
 
 
+def parse_data(block: Any) -> DataConfig:
+    """The `data:` block.
+
+    Raises:
+        UserError: one line that names the key.
+    """
+    data = parse_part("data", READERS, block)
+    if not isinstance(data, DataConfig):
+        raise UserError(
+            f"data.name: {block['name']}: its configuration does not derive from simipu3d.data.config.DataConfig"
+        )
+    return data
+
+
 def _validate_data(raw: dict[str, Any], validate: ValidateConfig) -> DataConfig:
     """The `data:` block of held-out frames: that of training, with what differs. Few labels are for training."""
     every = {key: value for key, value in raw["data"].items() if key not in ("label_fraction", "label_seed")}
     merged = merge({"data": every}, {"data": validate.data})["data"]
     try:
-        return parse_part("data", READERS, merged)
+        return parse_data(merged)
     except UserError as error:
         raise UserError(f"validate.{error}") from error
 
@@ -219,7 +233,8 @@ def with_data_range(model: type[BaseModel], blocks: dict[str, Any], data: DataCo
         if registry is not POINT_ENCODERS or not isinstance(block, dict) or block.get("point_range"):
             continue
         if block.get("name") in registry.names():
-            field = registry[block["name"]].config.model_fields.get("point_range")
+            model = registry[block["name"]].config
+            field = None if model is None else model.model_fields.get("point_range")
             if field is not None and field.default is not None:
                 filled[name] = {**block, "point_range": box}
     return filled
@@ -254,7 +269,7 @@ def load_data_settings(path: str | Path, sets: list[str] | None = None) -> DataS
         return DataSettings(settings.data, settings.augment, prepare, settings.needs)
     refuse_moved_keys(raw, str(path))
     check_top_level(raw, ["data", "augment", "prepare", "plugins"], str(path))
-    data = parse_part("data", READERS, raw.get("data"))
+    data = parse_data(raw.get("data"))
     return DataSettings(data, parse_block("augment", AugmentConfig, raw.get("augment")), prepare, None)
 
 

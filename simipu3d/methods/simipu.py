@@ -7,14 +7,14 @@ switch says so; defaults are the corrected recipe, `configs/simipu/kitti_release
 
 import logging
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn as nn
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 from torch import Tensor
 
-from simipu3d.config import PartConfig, part_field
+from simipu3d.config import ChosenPart, PartConfig
 from simipu3d.contracts.batch import Batch, ImageView
 from simipu3d.contracts.method import DataInfo, Method, Needs, Picture, Rows
 from simipu3d.contracts.tokens import FeatureMap, PointTokens
@@ -95,7 +95,7 @@ class ContrastConfig(PartConfig):
 class SimIPUConfig(PartConfig):
     """All blocks that the method reads."""
 
-    point_encoder: part_field("point_encoder", POINT_ENCODERS)
+    point_encoder: Annotated[PartConfig, ChosenPart("point_encoder", POINT_ENCODERS)]
     """Points to tokens."""
     image_encoder: ImageEncoderConfig = ImageEncoderConfig()
     """Images to a feature map."""
@@ -334,7 +334,7 @@ class SimIPU(Method):
         )
 
     def _intra_result(self, first: EncodedView, part: IntraPart) -> ContrastResult:
-        ids = ()
+        ids: tuple[Tensor, ...] = ()
         if self.config.contrast.mask_duplicates:
             ids = (first.copies[part.pairs.first], part.second.copies[part.pairs.second])
         return self._contrast(part.query, part.key, ids, first.tokens.batch_index[part.pairs.first])

@@ -7,7 +7,7 @@ vehicle; the street's traffic rests from the start of a sweep to its end. Frames
 
 import io
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.random import default_rng
@@ -117,6 +117,7 @@ class WaymoDrive:
         measured = {name: self._measure(world, name, time) for name in self.lasers}
         points = {name: truth for name, (_, truth) in measured.items()}
         boxes, actors, num_top = actor_boxes(self.scene, self.ride, time, points)
+        boxes = replace(boxes, ids=tuple(f"{self.sequence:06d}-{actor.instance:04d}" for actor in actors))
         pictures = self._take_pictures(world, index, boxes)
         micros = START_MICROS + SEGMENT_MICROS * self.sequence
         moment = WaymoMoment(
@@ -133,7 +134,7 @@ class WaymoDrive:
             time=time,
             points=points,
             pictures={camera.name: picture for camera, picture in pictures},
-            object_ids=tuple(f"{self.sequence:06d}-{actor.instance:04d}" for actor in actors),
+            object_ids=tuple(boxes.ids),
             instance=np.array([actor.instance for actor in actors], dtype=np.int32),
             num_top_points=num_top,
             world_velocity=velocities @ self.ride.world_from_street[:3, :3].T,
@@ -214,6 +215,7 @@ class WaymoDrive:
                 self.ride.world_from_vehicle(middle),
                 start / 1e6 + middle,
                 labels,
+                tuple(boxes.ids[row] for row in labelled),
             )
             readout = self.settings.rolling_shutter_s
             picture = PictureTruth(depth, self._instances(solid), middle, readout, self._velocity(middle), labelled)

@@ -1,7 +1,7 @@
 """What does a moment look like as one record of a Waymo v1 file? The inverse of `readers/waymo_v1`.
 
-Written are all fields of `WaymoMoment`; what it does not hold (velocity of the vehicle, camera boxes, no-label zones,
-ids of objects over time) is not made up, and is absent as in a file that lacks it.
+Written are all fields of `WaymoMoment`; what it does not hold (velocity of the vehicle, camera boxes, no-label zones) is
+absent, as in a file that lacks it.
 """
 
 import numpy as np
@@ -28,7 +28,7 @@ _OBJECT_NUMBERS = {name: number for number, name in OBJECT_NAMES.items()}
 def moment_to_record(moment: WaymoMoment) -> bytes:
     """The bytes of a v1 Frame, to be written by `readers.tfrecord.write_records`.
 
-    Class names, velocity, number of points and difficulty of the boxes are kept, attributes and image boxes are not;
+    Class names, ids, velocity, number of points and difficulty of the boxes are kept, everything else of them is not;
     numbers of points and difficulties are unset where they are None, velocities also where they are NaN. A class that
     Waymo does not have is UNKNOWN.
     """
@@ -57,8 +57,10 @@ def _add_camera(frame: Message, camera: WaymoCamera) -> None:
         image.pose_timestamp = camera.pose_timestamp
     if camera.labels is not None:
         entry = frame.projected_lidar_labels.add(name=number)
-        for x, y, length, width in camera.labels:
-            entry.labels.add(box={"center_x": x, "center_y": y, "length": length, "width": width})
+        ids = camera.label_ids or [""] * len(camera.labels)
+        for (x, y, length, width), name in zip(camera.labels, ids, strict=True):
+            box = {"center_x": x, "center_y": y, "length": length, "width": width}
+            entry.labels.add(box=box, id=f"{name}_{camera.name}".encode() if name else b"")
 
 
 def _add_laser(frame: Message, laser: WaymoLaser) -> None:
@@ -87,7 +89,9 @@ def _add_boxes(frame: Message, boxes: Boxes, world_from_vehicle: NDArray[np.floa
     for row, name in enumerate(boxes.names):
         center_x, center_y, center_z = boxes.center[row]
         length, width, height = boxes.size[row]
-        label = frame.laser_labels.add(type=_OBJECT_NUMBERS.get(name, 0), id=str(row))
+        label = frame.laser_labels.add(
+            type=_OBJECT_NUMBERS.get(name, 0), id=boxes.ids[row].encode() if boxes.ids else b""
+        )
         label.box.center_x, label.box.center_y, label.box.center_z = center_x, center_y, center_z
         label.box.length, label.box.width, label.box.height = length, width, height
         label.box.heading = boxes.yaw[row]

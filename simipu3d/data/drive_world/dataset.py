@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from simipu3d.contracts.frame import Boxes, Camera, Frame
-from simipu3d.data.config import DataConfig
+from simipu3d.contracts.frame import EVERYTHING, Boxes, Camera, Frame, Wants
 from simipu3d.data.drive_world import cache, sensors
 from simipu3d.data.drive_world.materials import CLASS_NAMES
 from simipu3d.data.drive_world.scene import Scene, build_scene
+from simipu3d.data.readers.base import CAMERA_TRUTH, POINT_TRUTH, TRUTH_KINDS, BaseReader, ScanConfig
+from simipu3d.data.readers.files import unread_image
 from simipu3d.registry import READERS
 
 GENERATOR_VERSION = 1
@@ -32,7 +33,7 @@ SPLITS = ("train", "val", "test")
 Edge = Annotated[int, Field(ge=8, le=4096)]
 
 
-class DriveWorldConfig(DataConfig):
+class DriveWorldConfig(ScanConfig):
     """The `data:` block of the made street world.
 
     The defaults are small pictures for a CPU. KITTI's proportions: `image_size: [375, 1242]`, `azimuth_range_deg: 360`,
@@ -110,24 +111,27 @@ class DriveWorldConfig(DataConfig):
 
     def world_settings(self) -> dict[str, object]:
         """The keys that a frame depends on, as plain values."""
-        own = set(type(self).model_fields) - set(DataConfig.model_fields) - {"cache", "num_frames"}
+        own = set(type(self).model_fields) - set(ScanConfig.model_fields) - {"cache", "num_frames"}
         return {"version": GENERATOR_VERSION, **self.model_dump(mode="json", include=own)}
 
 
 @READERS.register("drive_world", config=DriveWorldConfig)
-class DriveWorld:
+class DriveWorld(BaseReader):
     """Street scenes made from a seed, with depth, classes, instances and boxes. Contract: `FrameReader`.
 
     Boxes are those of the actors (Car, Van, Pedestrian, Cyclist) that the lidar met at least once; they are tight, and
     `num_points` counts the returns of the object itself (range noise carries some of them out of the box). `velocity`
-    is the speed over ground. Instances are numbered within a sequence and keep their number in it.
+    is the speed over ground. Instances are numbered within a sequence and keep their number in it; a box's id is that number.
     """
 
     class_names = CLASS_NAMES
     point_columns = ("x", "y", "z", "intensity")
+    gives = frozenset(TRUTH_KINDS)
+    config: DriveWorldConfig
 
-    def __init__(self, config: DriveWorldConfig):
-        self.config = config
+    def __init__(self, config: DriveWorldConfig, wants: Wants = EVERYTHING):
+        super().__init__(config, wants)
+        self.frame_ids = tuple(f"{config.split}-{index:06d}" for index in range(config.num_frames))
         self._rig = tuple(sensors.CAMERA_MOUNTS)[: config.num_cameras]
         self._cameras = config.cameras if config.cameras is not None else self._rig
         self._image_from_camera = sensors.pinhole(config.image_size, config.horizontal_fov_deg)
@@ -209,10 +213,16 @@ class DriveWorld:
 
     def _names(self) -> list[str]:
         """The stored arrays that a frame needs."""
-        shared = ["points", "point_class", "point_instance", "world_from_lidar"]
-        boxes = ["box_center", "box_size", "box_yaw", "box_velocity", "box_num_points", "box_names"]
-        kinds = ("image", "depth", "pixel_class", "pixel_instance", "camera_from_lidar")
-        return [*shared, *boxes, *(f"{camera}.{kind}" for camera in self._cameras for kind in kinds)]
+        names = ["world_from_lidar"]
+        if self.wants.points:
+            names += ["points", *(kind for kind in POINT_TRUTH if self._wanted(kind))]
+        if self._wanted("boxes"):
+            names += [f"box_{name}" for name in ("center", "size", "yaw", "velocity", "num_points", "names")]
+            names += [] if "point_instance" in names else ["point_instance"]
+        kinds = ["camera_from_lidar"] if self._needs_cameras else []
+        if self.wants.images:
+            kinds += ["image", *(kind for kind in CAMERA_TRUTH if self._wanted(kind))]
+        return [*names, *(f"{camera}.{kind}" for camera in self._cameras for kind in kinds)]
 
     def _make(self, scene: Scene, index: int) -> dict[str, NDArray]:
         """All arrays of a frame, of every camera of the rig."""
@@ -257,39 +267,54 @@ class DriveWorld:
         return arrays
 
     def _frame(self, index: int, arrays: dict[str, NDArray]) -> Frame:
-        cameras = tuple(
-            Camera(
-                name=name,
-                image=arrays[f"{name}.image"],
-                image_from_camera=self._image_from_camera.copy(),
-                camera_from_lidar=arrays[f"{name}.camera_from_lidar"],
-                timestamp=self._time(index),
-                depth=arrays[f"{name}.depth"],
-                pixel_class=arrays[f"{name}.pixel_class"],
-                pixel_instance=arrays[f"{name}.pixel_instance"].astype(np.int32),
-            )
-            for name in self._cameras
-        )
-        boxes = Boxes(
-            center=arrays["box_center"],
-            size=arrays["box_size"],
-            yaw=arrays["box_yaw"],
-            names=tuple(str(name) for name in arrays["box_names"]),
-            velocity=arrays["box_velocity"],
-            num_points=arrays["box_num_points"],
-        )
+        cameras = tuple(self._camera(name, index, arrays) for name in self._cameras if self._needs_cameras)
+        points, truth = self._no_points(), {}
+        if self.wants.points:
+            points = arrays["points"]
+            truth = {kind: arrays[kind] for kind in POINT_TRUTH if self._wanted(kind)}
+            if self.config.point_range is not None or self.config.frustum:
+                kept = self._select(points, cameras, f"drive_world: frame {self.frame_ids[index]}")
+                points, truth = points[kept], {kind: labels[kept] for kind, labels in truth.items()}
+        if "point_instance" in truth:
+            truth["point_instance"] = truth["point_instance"].astype(np.int32)
         return Frame(
-            points=arrays["points"],
+            points=points,
             point_columns=self.point_columns,
-            cameras=cameras,
-            frame_id=f"{self.config.split}-{index:06d}",
+            cameras=cameras if self.wants.images else (),
+            frame_id=self.frame_ids[index],
             sequence_id=f"{self.config.split}-{index // self.config.frames_per_sequence:05d}",
             timestamp=self._time(index),
             world_from_lidar=arrays["world_from_lidar"],
-            boxes=boxes,
-            point_class=arrays["point_class"],
-            point_instance=arrays["point_instance"].astype(np.int32),
+            boxes=_frame_boxes(arrays) if self._wanted("boxes") else None,
+            **truth,
         )
+
+    def _camera(self, name: str, index: int, arrays: dict[str, NDArray]) -> Camera:
+        truth = {kind: arrays[f"{name}.{kind}"] for kind in CAMERA_TRUTH if self._wanted(kind)}
+        if "pixel_instance" in truth:
+            truth["pixel_instance"] = truth["pixel_instance"].astype(np.int32)
+        return Camera(
+            name=name,
+            image=arrays[f"{name}.image"] if self.wants.images else unread_image(self.config.image_size),
+            image_from_camera=self._image_from_camera.copy(),
+            camera_from_lidar=arrays[f"{name}.camera_from_lidar"],
+            timestamp=self._time(index),
+            **truth,
+        )
+
+
+def _frame_boxes(arrays: dict[str, NDArray]) -> Boxes:
+    # The boxes are those of the actors that the lidar met, in the order of their numbers.
+    instances = np.unique(arrays["point_instance"])
+    return Boxes(
+        center=arrays["box_center"],
+        size=arrays["box_size"],
+        yaw=arrays["box_yaw"],
+        names=tuple(str(name) for name in arrays["box_names"]),
+        velocity=arrays["box_velocity"],
+        num_points=arrays["box_num_points"],
+        ids=tuple(str(instance) for instance in instances[instances > 0]),
+    )
 
 
 def _boxes(scene: Scene, time: float, pose: sensors.Pose, point_instance: NDArray[np.uint16]) -> dict[str, NDArray]:

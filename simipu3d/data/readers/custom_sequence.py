@@ -126,6 +126,13 @@ class ImageModel(PartConfig):
     world_from_camera: Rigid | None = None
     """4 x 4, where the camera was at the exposure. With the frame's `world_from_lidar` it takes the place of
     `camera_from_lidar`, so that the way of the car between scan and exposure is accounted for."""
+    depth: File | None = None
+    """Metres along the optical axis, of the image's size, 0 where unknown: a .npy of floats, or a 16-bit PNG, divided by
+    `depth_scale`. Ground truth."""
+    pixel_class: File | None = None
+    """Index into `class_names` of every pixel, 255 where unknown: a .npy of uint8 or an 8-bit PNG. Ground truth."""
+    pixel_instance: File | None = None
+    """Number of the object of every pixel, 0 for none: a .npy of whole numbers or an 8- or 16-bit PNG. Ground truth."""
 
 
 class BoxModel(PartConfig):
@@ -143,6 +150,14 @@ class BoxModel(PartConfig):
     """Along x and y of the lidar frame, metres a second."""
     num_points: int | None = Field(default=None, ge=0)
     """Lidar points inside."""
+    attribute: str | None = None
+    """Like parked or moving."""
+    id: str | None = None
+    """Name of the object, the same in every frame of the sequence."""
+    difficulty: int | None = None
+    """In your own meaning."""
+    image_boxes: dict[str, tuple[float, float, float, float]] = Field(default_factory=dict)
+    """Camera -> u_min, v_min, u_max, v_max, pixels."""
 
 
 class FrameModel(PartConfig):
@@ -152,14 +167,18 @@ class FrameModel(PartConfig):
     """Unique in the sequence."""
     timestamp: float | None = None
     """Seconds, of the scan (the time that its points are corrected to)."""
-    points: File
-    """The scan: .bin or .npy, relative to the sequence's folder."""
-    images: tuple[ImageModel, ...]
-    """At least one."""
+    points: File | None = None
+    """The scan: .bin or .npy, relative to the sequence's folder. null: none, for methods of images alone."""
+    images: tuple[ImageModel, ...] = ()
+    """One a camera at most. []: none, for methods of points alone."""
     world_from_lidar: Rigid | None = None
     """4 x 4, where the lidar was at `timestamp`."""
     boxes: tuple[BoxModel, ...] | None = None
     """null where nobody labelled the frame, [] where there is nothing in it."""
+    point_class: File | None = None
+    """Index into `class_names` of every row of the scan, 255 where unknown: .npy or .bin of uint8. Ground truth."""
+    point_instance: File | None = None
+    """Number of the object of every row of the scan, 0 for none: .npy of whole numbers or .bin of int32. Ground truth."""
 
 
 class SequenceModel(PartConfig):
@@ -169,8 +188,12 @@ class SequenceModel(PartConfig):
     """Of the layout."""
     points: PointFormat = PointFormat()
     """What the scans hold."""
-    cameras: tuple[CameraModel, ...]
+    cameras: tuple[CameraModel, ...] = ()
     """The rig; frames say which of them have an image."""
+    class_names: tuple[str, ...] = Field(default=(), max_length=255)
+    """What `pixel_class` and `point_class` index; the same in every sequence that has some."""
+    depth_scale: PositiveFloat = 256.0
+    """Divides the numbers of a depth PNG, which gives metres. Default: KITTI's."""
     frames: tuple[FrameModel, ...]
     """In the order of time."""
 
@@ -189,6 +212,7 @@ class SequenceModel(PartConfig):
                 raise ValueError(f"frames: two have the id {frame.id!r}")
             known.add(frame.id)
             _check_images(frame, has_static)
+            self._check_classes(frame)
             if (frame.timestamp is None) != (self.frames[0].timestamp is None):
                 raise ValueError(f"frames: {frame.id}: either every frame has a timestamp or none has")
             if before is not None and frame.timestamp is not None and frame.timestamp <= before.timestamp:
@@ -199,12 +223,29 @@ class SequenceModel(PartConfig):
             before = frame
         return self
 
+    def _check_classes(self, frame: FrameModel) -> None:
+        has_classes = frame.point_class is not None or any(image.pixel_class is not None for image in frame.images)
+        if has_classes and not self.class_names:
+            raise ValueError(f"frames: {frame.id}: has classes, so class_names is needed")
+
 
 def _check_images(frame: FrameModel, has_static: dict[str, bool]) -> None:
-    """Raise `ValueError` unless every image of a frame has a camera of its own, and a way from the lidar to it."""
+    """Raise `ValueError` unless every image of a frame has a camera of its own, and a way from the lidar to it.
+
+    A frame without scan and boxes needs no such way: its lidar frame is the camera's, turned.
+    """
     names = [image.camera for image in frame.images]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"frames: {frame.id}: needs an image, and one a camera; it has {', '.join(names) or 'none'}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"frames: {frame.id}: two images of one camera; it has {', '.join(names)}")
+    if frame.points is None and not names:
+        raise ValueError(f"frames: {frame.id}: has neither points nor images")
+    for key in ("point_class", "point_instance"):
+        if frame.points is None and getattr(frame, key) is not None:
+            raise ValueError(f"frames: {frame.id}: has {key} and no points")
+    for camera in (camera for box in frame.boxes or () for camera in box.image_boxes):
+        if camera not in has_static:
+            raise ValueError(f"frames: {frame.id}: a box has image_boxes of {camera!r}, which is no camera")
+    needs_way = frame.points is not None or bool(frame.boxes)
     for image in frame.images:
         if image.camera not in has_static:
             raise ValueError(
@@ -212,7 +253,7 @@ def _check_images(frame: FrameModel, has_static: dict[str, bool]) -> None:
             )
         if image.world_from_camera is not None and frame.world_from_lidar is None:
             raise ValueError(f"frames: {frame.id}: {image.camera} has world_from_camera, so world_from_lidar is needed")
-        if image.world_from_camera is None and not has_static[image.camera]:
+        if needs_way and image.world_from_camera is None and not has_static[image.camera]:
             raise ValueError(
                 f"frames: {frame.id}: {image.camera} has neither world_from_camera here nor camera_from_lidar in cameras"
             )

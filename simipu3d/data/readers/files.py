@@ -4,8 +4,12 @@ Every function raises `BadFrameError` that names the file, what was found in it 
 """
 
 import io
-import struct
+import tokenize
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +18,29 @@ from PIL import Image, UnidentifiedImageError
 from simipu3d.errors import BadFrameError
 
 WAY_OUT = "restore the file, take the frame off the split, or set data.on_bad_frame=skip"
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "PPM")
+"""Formats that are decoded, by content whatever the file is called. No other plug-in of Pillow is tried: some of them
+start an interpreter (EPS), others raise whatever they like."""
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".ppm")
+"""What an image file may be called, in the order in which one is preferred to another of the same stem."""
+MAX_PIXELS = 40_000_000
+"""An image with more pixels than this is refused by its header (8K has 33 million): a small file can decode to gigabytes."""
+EIGHT_BIT_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr")
+"""Pillow's modes of images with at most 8 bits a channel; alpha is dropped."""
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> how the stored rows become the picture (EXIF 2.32, tag 274)."""
+SIDEWAYS = (5, 6, 7, 8)
+"""EXIF orientations that swap width and height."""
+ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 274, 258, 262
+"""Tags of EXIF and TIFF."""
 
 
 def read_bytes(path: Path) -> bytes:
@@ -53,20 +80,132 @@ def read_npy(path: Path) -> NDArray:
     """The array of a .npy file; one that holds Python objects is refused, for reading it could run code."""
     try:
         return np.load(io.BytesIO(read_bytes(path)), allow_pickle=False)
-    except (ValueError, EOFError, SyntaxError, TypeError, MemoryError) as error:
+    except (ValueError, EOFError, SyntaxError, TypeError, MemoryError, OverflowError, tokenize.TokenError) as error:
         raise BadFrameError(
             f"{path}: is no .npy file of plain numbers, or is cut short ({' '.join(str(error).split())}); {WAY_OUT}"
         ) from error
 
 
+def image_names(folder: Path) -> dict[str, str]:
+    """Stem -> file name of the images in a folder (none where there is no such folder); of two with one stem, that whose
+    suffix comes first in `IMAGE_SUFFIXES`. Files that begin with a dot are none."""
+    if not folder.is_dir():
+        return {}
+    paths = [p for p in folder.iterdir() if p.suffix in IMAGE_SUFFIXES and not p.name.startswith(".")]
+    return {p.stem: p.name for p in sorted(paths, key=lambda p: -IMAGE_SUFFIXES.index(p.suffix))}
+
+
 def decode_image(content: bytes, source: str) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 RGB of an image file's bytes; `source` names the file."""
+    """(H, W, 3) uint8 RGB of an image file's bytes.
+
+    Grey becomes three equal channels. 16 bits a channel are scaled to 8, never clipped. EXIF's orientation is followed, as
+    OpenCV and viewers do: a calibration belongs to the upright picture.
+
+    Args:
+        content: the file.
+        source: names the file in messages.
+
+    Raises:
+        BadFrameError: no image of `IMAGE_FORMATS`, damaged, more than `MAX_PIXELS` pixels, numbers without a bit depth
+            (float, 32 bits), or 16 bits whose highest two are never used: such a file holds fewer bits than it says.
+    """
+    with _opened(content, source) as image:
+        bits = _bits_per_channel(image, content)
+        image.load()
+        pixels = _eight_bits(image, bits, source)
+        turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
+        return np.asarray(pixels if turn is None else pixels.transpose(turn))
+
+
+def decode_map(content: bytes, source: str) -> NDArray:
+    """(H, W) of a greyscale image file's bytes, as its numbers are: 8 or 16 bits; `source` names the file."""
+    with _opened(content, source) as image:
+        values, mode = np.asarray(image), image.mode
+    if values.ndim != 2 or values.dtype.kind not in "iu":
+        raise BadFrameError(f"{source}: must be a greyscale image of whole numbers, is of mode {mode}; {WAY_OUT}")
+    return values
+
+
+def read_image_size(path: Path) -> tuple[int, int]:
+    """Height and width of the upright picture, from an image file's header alone."""
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            return np.asarray(image.convert("RGB"))
+        with path.open("rb") as file, _opened(file, str(path)) as image:
+            turned = image.getexif().get(ORIENTATION) in SIDEWAYS
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except FileNotFoundError:
+        raise BadFrameError(f"{path}: no such file; {WAY_OUT}") from None
+
+
+def unread_image(size: tuple[int, int]) -> NDArray[np.uint8]:
+    """(H, W, 3), black, without memory of its own: stands for an image of which only the size is needed."""
+    return np.broadcast_to(np.uint8(0), (*size, 3))
+
+
+@contextmanager
+def _opened(content: bytes | BinaryIO, source: str) -> Iterator[Image.Image]:
+    """An image file of `IMAGE_FORMATS`, its header read; what Pillow raises while it is open becomes a `BadFrameError`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # damaged tags that do not matter for the pixels
+            # Pillow warns, and later fails, at sizes far beyond MAX_PIXELS; both become the same line.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            file = io.BytesIO(content) if isinstance(content, bytes) else content
+            with Image.open(file, formats=IMAGE_FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise BadFrameError(_too_large(source, f"{image.width} x {image.height} pixels"))
+                yield image
+    except BadFrameError:
+        raise
     except UnidentifiedImageError:
-        raise BadFrameError(f"{source}: is not an image, or its first bytes are damaged; {WAY_OUT}") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise BadFrameError(
+            f"{source}: is not an image of {', '.join(IMAGE_FORMATS)}, or its first bytes are damaged; {WAY_OUT}"
+        ) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise BadFrameError(_too_large(source, "far more pixels")) from None
+    except Exception as error:  # Pillow's decoders raise what they like on damaged bytes, and nobody lists it
         raise BadFrameError(
             f"{source}: the image is cut short or damaged ({' '.join(str(error).split())}); {WAY_OUT}"
         ) from error
+
+
+def _too_large(source: str, size: str) -> str:
+    return f"{source}: the image says it has {size}, at most {MAX_PIXELS / 1e6:.0f} million are read; make it smaller"
+
+
+def _bits_per_channel(image: Image.Image, content: bytes) -> int:
+    """As the header says; 8 for formats that have no more."""
+    if image.format == "PNG":
+        return content[24]  # IHDR comes first in every PNG: signature 8, length 4, name 4, width 4, height 4
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(BITS_PER_SAMPLE, (1,)))
+    return 16 if image.mode.startswith("I") else 8
+
+
+def _eight_bits(image: Image.Image, bits: int, source: str) -> Image.Image:
+    """The RGB image with 8 bits a channel."""
+    name = f"{source}: the {image.format} has"
+    if image.mode in EIGHT_BIT_MODES:
+        scaled = image.convert("RGB")
+        highest = max(high for _, high in scaled.getextrema()) << 8  # of 16 bits, Pillow has dropped the lower 8
+    elif image.mode.startswith("I") and 8 < bits <= 16 and not _inverted(image):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0:
+            raise BadFrameError(f"{name} signed numbers, which are no picture; save it with 8 bits a channel")
+        highest = int(values.max())
+        scaled = Image.fromarray((values * (255 / (2**bits - 1))).round().astype(np.uint8)).convert("RGB")
+    else:
+        raise BadFrameError(
+            f"{name} {bits} bits a channel (mode {image.mode}), which say nothing about where white is; save it with 8 "
+            "bits a channel"
+        )
+    if bits == 16 and highest < 1 << 14:
+        raise BadFrameError(
+            f"{name} 16 bits a channel and never uses the highest two: fewer bits were stored in 16, and the picture "
+            "would be nearly black; scale its values to 16 bits, or save it with 8"
+        )
+    return scaled
+
+
+def _inverted(image: Image.Image) -> bool:
+    """Is 0 white? Pillow inverts such TIFFs up to 8 bits only."""
+    return image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0

@@ -1,6 +1,7 @@
 """KITTI 3D object benchmark: from the official folders alone to Frames.
 
     root/training/{velodyne,image_2,calib,label_2}/000000.{bin,png,txt,txt}      root/testing/ the same without label_2
+    (images may also be .jpg or another of `files.IMAGE_SUFFIXES`)
     root/ImageSets/{train,val,...}.txt      lists of ids; not part of the download
 
 The velodyne frame is x forward, y left, z up, as ours; the clouds may be full sweeps or already reduced to the image. A
@@ -12,21 +13,31 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import model_validator
 
-from simipu3d.contracts.frame import Boxes, Camera, Frame, check_points
-from simipu3d.data.config import DataConfig
-from simipu3d.data.readers.files import WAY_OUT, decode_image, read_bytes, read_float_rows, read_text
+from simipu3d.contracts.frame import EVERYTHING, Camera, Frame, Wants, check_points
+from simipu3d.data.readers.base import BaseReader, ReaderConfig, read_list
+from simipu3d.data.readers.files import (
+    WAY_OUT,
+    decode_image,
+    image_names,
+    read_bytes,
+    read_float_rows,
+    read_image_size,
+    read_text,
+    unread_image,
+)
 from simipu3d.data.readers.kitti_labels import read_labels
-from simipu3d.data.readers.select_points import PointRange, check_point_range, in_frustum, in_range
+from simipu3d.data.readers.select_points import PointRange
 from simipu3d.errors import BadFrameError, UserError
 from simipu3d.registry import READERS
 
 PROJECTIONS = {"image_2": "P2", "image_3": "P3"}
 """The line of a calib file that belongs to each colour camera."""
+FILE_COLUMNS = ("x", "y", "z", "intensity")
+"""What a .bin file holds, float32 row after row."""
 
 
-class KittiConfig(DataConfig):
+class KittiConfig(ReaderConfig):
     """The `data:` block for `name: kitti`."""
 
     name: str = "kitti"
@@ -44,17 +55,12 @@ class KittiConfig(DataConfig):
     """Which colour cameras. Default: the left one (released code)."""
     points_folder: str = "velodyne"
     """Folder of the clouds; `velodyne_reduced` is what some toolboxes call the copies cropped to the image."""
+    features: tuple[Literal["intensity"], ...] = ("intensity",)
+    """Columns of a point after x, y, z. [] takes none."""
     point_range: PointRange | None = (0.0, -40.0, -3.0, 70.4, 40.0, 1.0)
     """Only points strictly between x, y, z minimum and x, y, z maximum, metres; null: all (default: released code)."""
     frustum: bool = True
     """Only points that fall into one of the images; changes nothing in clouds that are already reduced."""
-    load_boxes: bool = True
-    """Read label_2 where there is one. Pre-training never looks at it."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "KittiConfig":
-        check_point_range(self.point_range)
-        return self
 
 
 class KittiCalibration:
@@ -93,104 +99,96 @@ def _calib_matrix(path: Path, lines: dict[str, str], name: str, shape: tuple[int
     return values.reshape(shape)
 
 
+IMAGE = "png"
+"""The official suffix of images; copies may have another of `files.IMAGE_SUFFIXES`."""
+
+
 @READERS.register("kitti", config=KittiConfig)
-class KittiReader:
+class KittiReader(BaseReader):
     """Frames of the KITTI object benchmark. Contract: `FrameReader`; frame ids are like training/000123.
+
+    Boxes are those of label_2, which training/ alone has. KITTI labelled the images of image_2: the boxes' `image_boxes` and
+    `ignored` have that camera only, whichever cameras are read.
 
     Raises:
         UserError: a folder or list is missing, or listed frames are absent.
     """
 
-    class_names: tuple[str, ...] = ()
-    point_columns = ("x", "y", "z", "intensity")
+    config: KittiConfig
 
-    def __init__(self, config: KittiConfig):
-        self.config = config
+    def __init__(self, config: KittiConfig, wants: Wants = EVERYTHING):
+        super().__init__(config, wants)
+        self.point_columns = ("x", "y", "z", *config.features)
         self.cameras = tuple(PROJECTIONS) if config.cameras is None else config.cameras
-        self.frame_ids = _listed_frames(config)
-        self._check_present()
+        self._listed: dict[tuple[str, str], dict[str, str]] = {}
+        folders = self._folders()
+        self.frame_ids = _listed_frames(config, folders)
+        if any((config.root / part / "label_2").is_dir() for part in {name.split("/")[0] for name in self.frame_ids}):
+            self.gives = frozenset({"boxes"})
+        needed = ([self._name(frame_id, *item) for item in folders.items()] for frame_id in self.frame_ids)
+        way_out = "unpack the whole download, or shorten the list"
+        self._check_present(needed, self.frame_ids, "the list of frames", way_out)
 
     def __len__(self) -> int:
         return len(self.frame_ids)
 
-    def prepare(self) -> None:
-        """Nothing: the official files are read as they are."""
-
     def __getitem__(self, index: int) -> Frame:
         frame_id = self.frame_ids[index]
-        points_path = self._path(frame_id, self.config.points_folder, "bin")
-        points = read_float_rows(points_path, len(self.point_columns))
-        check_points(points, str(points_path))
-        calibration = KittiCalibration(self._path(frame_id, "calib", "txt"), self.cameras)
-        cameras = tuple(self._camera(frame_id, name, calibration) for name in self.cameras)
+        labels = self.config.root / self._name(frame_id, "label_2", "txt")
+        has_boxes = self._wanted("boxes") and labels.is_file()
+        calibration = None
+        if self._needs_cameras or has_boxes:
+            path = self.config.root / self._name(frame_id, "calib", "txt")
+            calibration = KittiCalibration(path, self.cameras if self._needs_cameras else ())
+        cameras = tuple(self._camera(frame_id, name, calibration) for name in self.cameras if self._needs_cameras)
         return Frame(
-            points=self._filter(points, cameras, points_path),
+            points=self._points(frame_id, cameras) if self.wants.points else self._no_points(),
             point_columns=self.point_columns,
-            cameras=cameras,
+            cameras=cameras if self.wants.images else (),
             frame_id=frame_id,
-            boxes=self._boxes(frame_id, calibration),
+            boxes=read_labels(labels, calibration.camera_from_lidar) if has_boxes else None,
         )
 
     def _camera(self, frame_id: str, name: str, calibration: KittiCalibration) -> Camera:
-        path = self._path(frame_id, name, "png")
-        encoded = read_bytes(path)
+        path = self.config.root / self._name(frame_id, name, IMAGE)
+        encoded = read_bytes(path) if self.wants.images else None
         return Camera(
             name=name,
-            image=decode_image(encoded, str(path)),
+            image=unread_image(read_image_size(path)) if encoded is None else decode_image(encoded, str(path)),
             image_from_camera=calibration.image_from_camera[name],
             camera_from_lidar=calibration.camera_from_lidar,
             encoded=encoded,
         )
 
-    def _path(self, frame_id: str, folder: str, suffix: str) -> Path:
+    def _points(self, frame_id: str, cameras: tuple[Camera, ...]) -> NDArray[np.float32]:
+        path = self.config.root / self._name(frame_id, self.config.points_folder, "bin")
+        points = read_float_rows(path, len(FILE_COLUMNS))
+        check_points(points, str(path))
+        points = points[:, : len(self.point_columns)]
+        return points[self._select(points, cameras, str(path))]
+
+    def _name(self, frame_id: str, folder: str, suffix: str) -> str:
+        """A file's path below the root."""
         part, number = frame_id.split("/")
-        return self.config.root / part / folder / f"{number}.{suffix}"
+        if suffix == IMAGE:
+            name = self._images(part, folder).get(number, f"{number}.{suffix}")
+            return f"{part}/{folder}/{name}"
+        return f"{part}/{folder}/{number}.{suffix}"
 
-    def _boxes(self, frame_id: str, calibration: KittiCalibration) -> Boxes | None:
-        path = self._path(frame_id, "label_2", "txt")
-        return read_labels(path, calibration.camera_from_lidar) if self.config.load_boxes and path.is_file() else None
+    def _images(self, part: str, camera: str) -> dict[str, str]:
+        """The images of a folder, which is listed once: they need not be .png."""
+        if (part, camera) not in self._listed:
+            self._listed[part, camera] = image_names(self.config.root / part / camera)
+        return self._listed[part, camera]
 
-    def _filter(self, points: NDArray[np.float32], cameras: tuple[Camera, ...], path: Path) -> NDArray[np.float32]:
-        """The points inside the range and, if asked for, inside an image; a scan that loses all of them is a bad
-        frame."""
-        kept = points
-        if self.config.point_range is not None:
-            kept = kept[in_range(kept, self.config.point_range)]
-        if self.config.frustum and cameras:
-            kept = kept[in_frustum(kept, cameras)]
-        if len(kept):
-            return kept
-        if cameras and not in_frustum(points, cameras).any():
-            raise BadFrameError(f"{path}: no camera sees any of its {len(points)} points; {WAY_OUT}")
-        raise BadFrameError(
-            f"{path}: none of its {len(points)} points is seen by a camera and lies in data.point_range "
-            f"{list(self.config.point_range or ())}; widen the range, or set data.on_bad_frame=skip"
-        )
-
-    def _check_present(self) -> None:
-        """Compare the list with the folders once, so that a half-unpacked download is told before training starts."""
-        folders = {self.config.points_folder: "bin", "calib": "txt", **dict.fromkeys(self.cameras, "png")}
-        present: dict[tuple[str, str], set[str]] = {}
-        for part in sorted({frame_id.split("/")[0] for frame_id in self.frame_ids}):
-            for folder, suffix in folders.items():
-                present[part, folder] = _stems(self.config.root / part / folder, suffix)
-        absent, lacking = 0, []
-        for frame_id in self.frame_ids:
-            part, number = frame_id.split("/")
-            missing = [folder for folder in folders if number not in present[part, folder]]
-            absent += len(missing) == len(folders)
-            lacking += [frame_id] if missing else []
-        # A frame that lacks a file is a bad frame like any other, unless they are more than a run would bear anyway.
-        if absent or len(lacking) > self.config.max_bad_frames(len(self.frame_ids)):
-            raise UserError(
-                f"{self.config.root}: {len(lacking)} of the {len(self.frame_ids)} frames of split {self.config.split} "
-                f"are absent or lack a file of {', '.join(folders)} ({_some(lacking)}); unpack the whole download, or "
-                "shorten the list"
-            )
-
-
-def _some(frame_ids: list[str]) -> str:
-    return ", ".join(frame_ids[:4]) + (", ..." if len(frame_ids) > 4 else "")
+    def _folders(self) -> dict[str, str]:
+        """The folders that every frame is read of, and their files' suffixes; labels are optional."""
+        folders = {self.config.points_folder: "bin"} if self.wants.points else {}
+        if self._needs_cameras:
+            folders |= dict.fromkeys(self.cameras, IMAGE)
+        if self._needs_cameras or self._wanted("boxes") or not folders:
+            folders["calib"] = "txt"
+        return folders
 
 
 def _stems(folder: Path, suffix: str) -> set[str]:
@@ -198,48 +196,39 @@ def _stems(folder: Path, suffix: str) -> set[str]:
         raise UserError(
             f"{folder}: no such folder; data.root must hold training/ and testing/ of the KITTI object download"
         )
-    return {path.stem for path in folder.glob(f"*.{suffix}")}
+    return set(image_names(folder)) if suffix == IMAGE else {path.stem for path in folder.glob(f"*.{suffix}")}
 
 
-def _every_frame(config: KittiConfig, part: str) -> list[str]:
-    # Every file names its frame: one whose scan alone is missing must be told, not passed over.
-    image_folder = config.cameras[0] if config.cameras else "image_2"
-    folders = {config.points_folder: "bin", image_folder: "png", "calib": "txt"}
+def _every_frame(config: KittiConfig, part: str, folders: dict[str, str]) -> list[str]:
+    # Every file names its frame: one whose scan alone is missing must be reported, not passed over.
     stems = set().union(*(_stems(config.root / part / folder, suffix) for folder, suffix in folders.items()))
     frame_ids = [f"{part}/{stem}" for stem in sorted(stems)]
     if not frame_ids:
-        raise UserError(
-            f"{config.root / part / config.points_folder}: holds no .bin file; unpack the KITTI velodyne download"
-        )
+        folder, suffix = next(iter(folders.items()))
+        raise UserError(f"{config.root / part / folder}: holds no .{suffix} file; unpack the KITTI download of it")
     return frame_ids
 
 
-def _read_list(path: Path, part: str) -> list[str]:
+def _read_ids(path: Path, part: str) -> list[str]:
     """Frame ids of a list; an id without a folder belongs to `part`."""
-    try:
-        words = path.read_text(encoding="utf-8").split()
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such list. KITTI's download has none; the customary ones (train 3712, val 3769 ids) are in "
-            "data/kitti/ImageSets of OpenPCDet and of mmdetection3d: copy them to ImageSets/ of data.root, name a list "
-            "with data.split_file, or set data.split=all"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not a readable list of frame ids ({error})") from error
+    source = (
+        "KITTI's download has none; the customary ones (train 3712, val 3769 ids) are in data/kitti/ImageSets of OpenPCDet "
+        "and of mmdetection3d: copy them to ImageSets/ of data.root, name a list with data.split_file, or set "
+        "data.split=all"
+    )
+    words = read_list(path, "frame id", "000123", source)
     frame_ids = [word if "/" in word else f"{part}/{word}" for word in words]
     for word, frame_id in zip(words, frame_ids, strict=True):
         folder, _, number = frame_id.partition("/")
         if folder not in ("training", "testing") or not number.isdigit():
             raise UserError(f"{path}: {word!r} is no frame id; write one a line, like 000123 or testing/000123")
-    if not frame_ids:
-        raise UserError(f"{path}: the list is empty; write one frame id a line, like 000123")
     if len(set(frame_ids)) < len(frame_ids):
         twice = next(frame_id for frame_id in frame_ids if frame_ids.count(frame_id) > 1)
-        raise UserError(f"{path}: {twice} stands in the list twice; remove one")
+        raise UserError(f"{path}: {twice} stands twice; remove one")
     return frame_ids
 
 
-def _listed_frames(config: KittiConfig) -> tuple[str, ...]:
+def _listed_frames(config: KittiConfig, folders: dict[str, str]) -> tuple[str, ...]:
     """The frame ids of the configured split, in the order of its list."""
     if not config.root.is_dir():
         raise UserError(
@@ -247,17 +236,15 @@ def _listed_frames(config: KittiConfig) -> tuple[str, ...]:
         )
     lists = config.root / "ImageSets"
     if config.split == "all":
-        if config.split_file is not None:
-            raise UserError("data.split_file: split all reads no list; remove one of the two, or set data.split=train")
-        return tuple(_every_frame(config, "training"))
+        return tuple(_every_frame(config, "training", folders))
     test_list = lists / "test.txt"
     if config.split == "test" and config.split_file is not None:
-        return tuple(_read_list(config.split_file, "testing"))
+        return tuple(_read_ids(config.split_file, "testing"))
     test = []
     if config.split in ("test", "paper"):
-        test = _read_list(test_list, "testing") if test_list.is_file() else _every_frame(config, "testing")
+        test = _read_ids(test_list, "testing") if test_list.is_file() else _every_frame(config, "testing", folders)
     if config.split == "test":
         return tuple(test)
     name = "train" if config.split == "paper" else config.split
-    listed = _read_list(config.split_file or lists / f"{name}.txt", "training")
+    listed = _read_ids(config.split_file or lists / f"{name}.txt", "training")
     return tuple(dict.fromkeys([*listed, *test]))

@@ -6,6 +6,7 @@ the package a box is its geometric centre, (length, width, height) and yaw count
 frame. Shapes: K boxes.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,11 @@ from simipu3d.data.readers.files import WAY_OUT, read_text
 from simipu3d.errors import BadFrameError
 
 NUM_COLUMNS = 15
+"""Of a label's line; a result's line has its score behind them."""
+LABELLED_CAMERA = "image_2"
+"""KITTI's 2D boxes lie in the images of the left colour camera."""
+REGION = "DontCare"
+"""The type of a line that marks a region of the image in which nothing is labelled."""
 LEVELS = ((40.0, 0, 0.15), (25.0, 1, 0.30), (25.0, 2, 0.50))
 """Easy, moderate, hard: least height of the 2D box in pixels, largest occlusion, largest truncation (official
 benchmark)."""
@@ -92,9 +98,9 @@ def difficulty(
 
 
 def read_labels(path: Path, camera_from_lidar: NDArray[np.float64]) -> Boxes:
-    """The labelled objects of one frame in the lidar frame; DontCare regions are left out.
+    """The labelled objects of one frame in the lidar frame; DontCare regions become `ignored`.
 
-    `image_box` is in KITTI's own pixels, whose centres are integers as ours.
+    `image_boxes` and `ignored` are in KITTI's own pixels, whose centres are integers as ours.
 
     Raises:
         BadFrameError: the file cannot be read or a line of it cannot be understood.
@@ -104,7 +110,7 @@ def read_labels(path: Path, camera_from_lidar: NDArray[np.float64]) -> Boxes:
     names, rows = [], []
     for number, line in enumerate(text.splitlines(), start=1):
         words = line.split()
-        if not words or words[0] == "DontCare":
+        if not words:
             continue
         try:
             values = [float(word) for word in words[1:]]
@@ -117,13 +123,17 @@ def read_labels(path: Path, camera_from_lidar: NDArray[np.float64]) -> Boxes:
         names.append(words[0])
         rows.append(values[: NUM_COLUMNS - 1])
     table = np.array(rows, dtype=np.float64).reshape(-1, NUM_COLUMNS - 1)
+    is_region = np.array([name == REGION for name in names], dtype=np.bool_)
+    regions, table = table[is_region, 3:7], table[~is_region]
+    truncation, occlusion, image_box = table[:, 0], table[:, 1], table[:, 3:7]
     placed = to_lidar(CameraBoxes(table[:, 10:13], table[:, 7:10], table[:, 13]), camera_from_lidar)
-    image_box = table[:, 3:7]
-    return Boxes(
-        center=placed.center,
-        size=placed.size,
-        yaw=placed.yaw,
-        names=tuple(names),
-        difficulty=difficulty(image_box, occlusion=table[:, 1], truncation=table[:, 0]),
-        image_box=image_box,
+    return replace(
+        placed,
+        names=tuple(name for name in names if name != REGION),
+        difficulty=difficulty(image_box, occlusion, truncation),
+        truncation=truncation,
+        occlusion=occlusion.astype(np.int64),
+        alpha=table[:, 2],
+        image_boxes={LABELLED_CAMERA: image_box},
+        ignored={LABELLED_CAMERA: regions},
     )

@@ -10,22 +10,21 @@ with both ego poses, each at its own time. Images are undistorted already; their
 as nuScenes' own drawings do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, NonNegativeFloat, model_validator
+from pydantic import Field, NonNegativeFloat
 
-from simipu3d.contracts.frame import Boxes, Camera, Frame, check_points
-from simipu3d.data.config import DataConfig
-from simipu3d.data.readers.files import WAY_OUT, decode_image, read_bytes, read_float_rows
-from simipu3d.data.readers.nuscenes_boxes import read_annotations
+from simipu3d.contracts.frame import EVERYTHING, Camera, Frame, Wants, check_points
+from simipu3d.data.readers.base import BaseReader, ReaderConfig, check_listed, read_list
+from simipu3d.data.readers.files import WAY_OUT, decode_image, read_bytes, read_float_rows, unread_image
+from simipu3d.data.readers.nuscenes_boxes import ANNOTATIONS, read_annotations
 from simipu3d.data.readers.nuscenes_splits import SPLITS, VERSIONS
-from simipu3d.data.readers.nuscenes_tables import KeyFrames, read_key_frames, read_scenes
-from simipu3d.data.readers.select_points import PointRange, check_point_range, select_points
-from simipu3d.errors import BadFrameError, UserError
+from simipu3d.data.readers.nuscenes_tables import read_key_frames, read_scenes
+from simipu3d.errors import BadFrameError
 from simipu3d.registry import READERS
 
 CameraName = Literal["CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT"]
@@ -42,7 +41,7 @@ NATIVE_FROM_LIDAR = np.array([[0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 
 """From x forward, y left to the sensor's own x right, y forward."""
 
 
-class NuScenesConfig(DataConfig):
+class NuScenesConfig(ReaderConfig):
     """The `data:` block for `name: nuscenes`."""
 
     name: str = "nuscenes"
@@ -66,56 +65,46 @@ class NuScenesConfig(DataConfig):
     min_distance: NonNegativeFloat = 1.0
     """A point this near to the sensor along both horizontal axes of its own scan is dropped, metres: the car itself
     (devkit: 1.0)."""
-    point_range: PointRange | None = None
-    """Only points strictly between x, y, z minimum and x, y, z maximum, metres. Default: all."""
-    frustum: bool = False
-    """Only points that fall into one of the images. Default: the whole scan."""
-    load_boxes: bool = True
-    """Read sample_annotation, whose 1.2 million rows take some seconds; pre-training never looks at it."""
     keep_other_boxes: bool = False
     """Keep boxes outside the ten detection classes, under their category's name."""
 
-    @model_validator(mode="after")
-    def _check(self) -> "NuScenesConfig":
-        check_point_range(self.point_range)
-        if len(set(self.features)) < len(self.features):
-            raise ValueError(f"features names a column twice: {list(self.features)}")
-        if self.split == "all" and self.split_file is not None:
-            raise ValueError("split all reads no list; remove split_file, or set split to another name")
-        return self
-
 
 @READERS.register("nuscenes", config=NuScenesConfig)
-class NuScenesReader:
+class NuScenesReader(BaseReader):
     """Key frames of nuScenes, scene after scene. Contract: `FrameReader`; frame ids are sample tokens.
 
     Raises:
         UserError: a table or a scene is missing, rows do not fit together, or many files are absent.
     """
 
-    class_names: tuple[str, ...] = ()
-    point_columns: tuple[str, ...] = ("x", "y", "z", "intensity")
+    config: NuScenesConfig
 
-    def __init__(self, config: NuScenesConfig):
-        self.config = config
+    def __init__(self, config: NuScenesConfig, wants: Wants = EVERYTHING):
+        super().__init__(config, wants)
         self.cameras = CAMERAS if config.cameras is None else config.cameras
         self.point_columns = ("x", "y", "z", *config.features)
         self.tables = config.root / config.version
         scene_names = _chosen_scenes(config, tuple(read_scenes(self.tables)))
-        self.frames = read_key_frames(self.tables, scene_names, self.cameras, with_sweeps=config.num_sweeps > 1)
+        cameras = self.cameras if self._needs_cameras else ()
+        with_sweeps = wants.points and config.num_sweeps > 1
+        self.frames = read_key_frames(self.tables, scene_names, cameras, with_sweeps=with_sweeps)
         self.frame_ids = self.frames.token
-        self._check_present()
+        scenes = [self.frames.scene_names[scene] for scene in self.frames.scene]
+        way_out = "unpack all parts of the download, or list the scenes you have in data.split_file"
+        names = ([self.frames.file_name[r].decode() for r in records] for records in self._records())
+        self._check_present(names, scenes, f"{self.tables.name}/sample_data.json", way_out)
         self.annotations = None
-        if config.load_boxes:
+        # v1.0-test has the table, without a row.
+        labelled = config.version != "v1.0-test" and (self.tables / ANNOTATIONS).is_file()
+        if self._wanted("boxes"):
             self.annotations = read_annotations(
                 self.tables, self.frame_ids, self.frames.timestamp, config.keep_other_boxes
             )
+            labelled = self.annotations is not None
+        self.gives = frozenset({"boxes"} if labelled else ())
 
     def __len__(self) -> int:
         return len(self.frame_ids)
-
-    def prepare(self) -> None:
-        """Nothing: the official files are read as they are."""
 
     def __getitem__(self, index: int) -> Frame:
         frames, lidar = self.frames, int(self.frames.lidar[index])
@@ -123,40 +112,36 @@ class NuScenesReader:
         lidar_from_world = np.linalg.inv(world_from_lidar)
         cameras = tuple(
             self._camera(name, int(record), world_from_lidar)
-            for name, record in zip(self.cameras, frames.cameras[index], strict=True)
+            for name, record in zip(self.cameras, frames.cameras[index], strict=False)  # no records: none are needed
         )
-        points = select_points(
-            self._points(lidar, lidar_from_world),
-            cameras,
-            self.config.point_range,
-            self.config.frustum,
-            str(self._path(lidar)),
-            "data.min_distance, data.point_range and data.frustum",
-        )
+        points = self._no_points()
+        if self.wants.points:
+            points = self._points(lidar, lidar_from_world)
+            filters = "data.min_distance, data.point_range and data.frustum"
+            points = points[self._select(points, cameras, str(self._path(lidar)), filters)]
         return Frame(
             points=points,
             point_columns=self.point_columns,
-            cameras=cameras,
+            cameras=cameras if self.wants.images else (),
             frame_id=self.frame_ids[index],
             sequence_id=frames.scene_names[frames.scene[index]],
             timestamp=float(frames.record_timestamp[lidar] * 1e-6),
             world_from_lidar=world_from_lidar,
             native_from_lidar=NATIVE_FROM_LIDAR.copy(),
             intensity_scale=INTENSITY_SCALE,
-            boxes=self._boxes(index, lidar_from_world),
+            boxes=None if self.annotations is None else self.annotations.boxes(index, lidar_from_world),
         )
 
     def _path(self, record: int) -> Path:
         return self.config.root / self.frames.file_name[record].decode()
 
-    def _boxes(self, index: int, lidar_from_world: NDArray[np.float64]) -> Boxes | None:
-        return None if self.annotations is None else self.annotations.boxes(index, lidar_from_world)
-
     def _camera(self, name: str, record: int, world_from_lidar: NDArray[np.float64]) -> Camera:
-        path = self._path(record)
-        encoded = read_bytes(path)
-        image = decode_image(encoded, str(path))
+        path, encoded = self._path(record), None
         size = tuple(self.frames.image_size[record].tolist())
+        image = unread_image(size)
+        if self.wants.images:
+            encoded = read_bytes(path)
+            image = decode_image(encoded, str(path))
         if image.shape[:2] != size:
             raise BadFrameError(
                 f"{path}: the image is {image.shape[0]} x {image.shape[1]}, and sample_data.json and its calibration "
@@ -198,72 +183,29 @@ class NuScenesReader:
         }
         return np.column_stack([xyz.astype(np.float32), *(columns[name] for name in self.config.features)])
 
-    def _check_present(self) -> None:
-        """Compare the tables with the folders once, so that a part of the download is told before training starts."""
-        frames = self.frames
-        needed = [*frames.cameras.T, frames.lidar]
-        for _ in range(self.config.num_sweeps - 1):
-            needed.append(np.where(needed[-1] < 0, -1, frames.previous[needed[-1]]))
-        records = np.stack(needed, axis=1)
-        absent = (records >= 0) & _absent_files(self.config.root, frames)[records]
-        lacking = absent.any(axis=1)
-        # A frame that lacks a file is a bad frame like any other, unless they are more than a run would bear anyway.
-        number = int(lacking.sum())
-        if number == len(lacking) or number > self.config.max_bad_frames(len(lacking)):
-            scenes = list(dict.fromkeys(frames.scene_names[scene] for scene in frames.scene[lacking]))
-            raise UserError(
-                f"{self._path(int(records[absent][0]))}: no such file, though {self.tables.name}/sample_data.json "
-                f"names it; {number} of the {len(lacking)} key frames lack a file ({', '.join(scenes[:3])}"
-                f"{', ...' if len(scenes) > 3 else ''}); unpack all parts of the download, or list the scenes you have "
-                "in data.split_file"
-            )
-
-
-def _absent_files(root: Path, frames: KeyFrames) -> NDArray[np.bool_]:
-    """(R,) which records' files are not in their folders."""
-    present: dict[str, set[str]] = {}
-    absent = np.zeros(len(frames.file_name), dtype=np.bool_)
-    for record, name in enumerate(frames.file_name):
-        folder, _, file = name.decode().rpartition("/")
-        if folder not in present:
-            path = root / folder
-            present[folder] = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-        absent[record] = file not in present[folder]
-    return absent
+    def _records(self) -> Iterator[list[int]]:
+        """The records whose files are read, frame after frame."""
+        scans = [self.frames.lidar] if self.wants.points else []
+        for _ in range(self.config.num_sweeps - 1 if self.wants.points else 0):
+            scans.append(np.where(scans[-1] < 0, -1, self.frames.previous[scans[-1]]))
+        images = list(self.frames.cameras.T) if self.wants.images else []
+        empty = np.zeros((0, len(self.frames.token)), dtype=np.int64)
+        for records in np.concatenate([empty, *(column[None] for column in (*images, *scans))]).T.tolist():
+            yield [record for record in records if record >= 0]
 
 
 def _chosen_scenes(config: NuScenesConfig, present: Sequence[str]) -> tuple[str, ...]:
     """The scenes of the configured split, in the order of its list; `present` are those of the release."""
     if config.split == "all":
         return tuple(present)
-    names = SPLITS[config.split] if config.split_file is None else _read_list(config.split_file)
-    absent = [name for name in names if name not in present]
-    if absent:
-        source = f"data.split: {config.split}" if config.split_file is None else str(config.split_file)
-        way_out = "take them off the list, or set data.version"
-        if config.split_file is None:
-            fitting = VERSIONS[config.split]
-            way_out = "set data.split=all, or list the scenes you have in data.split_file"
-            if fitting != config.version:
-                way_out = f"set data.version={fitting}, or {way_out}"
-        raise UserError(
-            f"{source}: {len(absent)} of its {len(names)} scenes are not in {config.root / config.version}/scene.json "
-            f"({', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}), which has {len(present)}; {way_out}"
-        )
-    return names
-
-
-def _read_list(path: Path) -> tuple[str, ...]:
-    try:
-        names = path.read_text(encoding="utf-8").split()
-    except FileNotFoundError:
-        raise UserError(
-            f"data.split_file: {path}: no such list; write one scene name a line, like scene-0061"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not a readable list of scene names ({error})") from error
-    if not names:
-        raise UserError(f"{path}: the list is empty; write one scene name a line, like scene-0061")
-    if len(set(names)) < len(names):
-        raise UserError(f"{path}: {next(name for name in names if names.count(name) > 1)} stands twice; remove one")
-    return tuple(names)
+    where = f"{config.root / config.version}/scene.json"
+    if config.split_file is not None:
+        names = tuple(read_list(config.split_file, "scene name", "scene-0061"))
+        check_listed(str(config.split_file), names, present, where, "take them off the list, or set data.version")
+        return names
+    fitting = VERSIONS[config.split]
+    way_out = "set data.split=all, or list the scenes you have in data.split_file"
+    if fitting != config.version:
+        way_out = f"set data.version={fitting}, or {way_out}"
+    check_listed(f"data.split: {config.split}", SPLITS[config.split], present, where, way_out)
+    return SPLITS[config.split]

@@ -37,6 +37,9 @@ DETECTION_CLASSES = {
 }
 """The ten classes of the detection benchmark by category; other categories are in none (the benchmark's definition)."""
 
+ANNOTATIONS = "sample_annotation.json"
+"""The table of the boxes."""
+
 MAX_TIME_DIFF = 1.5
 """Neighbours farther apart than this, seconds, give no velocity; twice as far for those on both sides (devkit)."""
 
@@ -51,6 +54,7 @@ COLUMNS = (
     "prev",
     "next",
     "num_lidar_pts",
+    "visibility_token",
 )
 
 
@@ -67,7 +71,9 @@ class Annotations:
         name: (N,) index into `class_names`.
         attribute: (N,) index into `attribute_names`.
         num_points: (N,) lidar points inside, as annotated.
-        class_names, attribute_names: the words.
+        visibility: (N,) 1 to 4: up to 40, 60, 80 and 100 % of the object are seen by the cameras; 0 where not annotated.
+        instance: (N,) index into `instance_tokens`, the same for an object all through a scene.
+        class_names, attribute_names, instance_tokens: the words.
     """
 
     start: NDArray[np.int64]
@@ -78,8 +84,11 @@ class Annotations:
     name: NDArray[np.int64]
     attribute: NDArray[np.int64]
     num_points: NDArray[np.int64]
+    visibility: NDArray[np.int64]
+    instance: NDArray[np.int64]
     class_names: tuple[str, ...]
     attribute_names: tuple[str, ...]
+    instance_tokens: tuple[str, ...]
 
     def boxes(self, frame: int, lidar_from_world: NDArray[np.float64]) -> Boxes:
         """The boxes of one frame in the lidar frame; `lidar_from_world` is (4, 4)."""
@@ -95,6 +104,8 @@ class Annotations:
             velocity=(self.velocity[rows] @ rotation.T)[:, :2],
             attributes=tuple(self.attribute_names[attribute] for attribute in self.attribute[rows]),
             num_points=self.num_points[rows],
+            visibility=self.visibility[rows],
+            ids=tuple(self.instance_tokens[instance] for instance in self.instance[rows]),
         )
 
 
@@ -112,7 +123,7 @@ def read_annotations(
     Raises:
         UserError: a table is missing or damaged, or rows do not fit together.
     """
-    path = folder / "sample_annotation.json"
+    path = folder / ANNOTATIONS
     frame_of = {token: frame for frame, token in enumerate(tokens)}
     # Numbers go into arrays and each word is kept once: rows as Python objects would take a gigabyte.
     integers, geometry = array("q"), array("d")
@@ -120,9 +131,8 @@ def read_annotations(
     instances: dict[str, int] = {}
     attributes: dict[tuple[str, ...], int] = {}
     is_empty = True
-    for token, sample, instance, own, translation, size, rotation, before, after, num_points in read_rows(
-        path, COLUMNS
-    ):
+    for row in read_rows(path, COLUMNS):
+        token, sample, instance, own, translation, size, rotation, before, after, num_points, visibility = row
         is_empty = False
         if sample not in frame_of:
             continue
@@ -133,14 +143,15 @@ def read_annotations(
         integers.extend((frame_of[sample], num_points))
         integers.append(instances.setdefault(instance, len(instances)))
         integers.append(attributes.setdefault(tuple(map(str, own)), len(attributes)))
+        integers.append(_visibility(path, token, visibility))
         integers.extend(token_ids.setdefault(word, len(token_ids)) for word in (token, before, after))
     if is_empty:
         return None
-    rows = np.array(integers, dtype=np.int64).reshape(-1, 7)
+    rows = np.array(integers, dtype=np.int64).reshape(-1, 8)
     values = np.array(geometry, dtype=np.float64).reshape(-1, 10)
     order = np.argsort(rows[:, 0], kind="stable")
     rows, values = rows[order], values[order]
-    velocity = _velocities(path, rows[:, 4:], list(token_ids), values[:, :3], timestamps[rows[:, 0]] * 1e-6)
+    velocity = _velocities(path, rows[:, 5:], list(token_ids), values[:, :3], timestamps[rows[:, 0]] * 1e-6)
     class_names, name_of_instance = _classes(folder, list(instances), keep_others)
     name = name_of_instance[rows[:, 2]]
     kept = name >= 0
@@ -153,9 +164,19 @@ def read_annotations(
         name=name[kept],
         attribute=rows[kept, 3],
         num_points=rows[kept, 1],
+        visibility=rows[kept, 4],
+        instance=rows[kept, 2],
         class_names=class_names,
         attribute_names=_attributes(folder, list(attributes)),
+        instance_tokens=tuple(instances),
     )
+
+
+def _visibility(path: Path, token: str, word: str) -> int:
+    """The level that a row of visibility.json stands for: its token is the number."""
+    if word not in ("", "1", "2", "3", "4"):
+        raise UserError(f"{path}: token {token}: visibility_token is {word!r}, must be 1 to 4 or empty; {WAY_OUT}")
+    return int(word or 0)
 
 
 def _velocities(
@@ -184,7 +205,7 @@ def _velocities(
         row, side = (int(index) for index in np.argwhere(ends < 0)[0])
         raise UserError(
             f"{path}: token {tokens[links[row, 0]]}: its neighbour {tokens[links[row, 1 + side]]} is not among the "
-            f"annotations of its scene; {WAY_OUT}, or set data.load_boxes=false"
+            f"annotations of its scene; {WAY_OUT}"
         )
     first, last = ends.T
     limit = MAX_TIME_DIFF * np.where((first != here) & (last != here), 2, 1)

@@ -1,12 +1,13 @@
 """Which points of a scan does a reader keep? A box in the lidar frame, and what the images show."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from simipu3d.contracts.frame import Camera
 from simipu3d.data.config import check_range
-from simipu3d.errors import BadFrameError
 from simipu3d.geometry.camera import project_points
 
 PointRange = tuple[float, float, float, float, float, float]
@@ -30,7 +31,7 @@ def in_range(points: NDArray[np.float32], point_range: PointRange) -> NDArray[np
     return ((points[:, :3] > low) & (points[:, :3] < high)).all(axis=1)
 
 
-def in_frustum(points: NDArray[np.float32], cameras: tuple[Camera, ...]) -> NDArray[np.bool_]:
+def in_frustum(points: NDArray[np.float32], cameras: Sequence[Camera]) -> NDArray[np.bool_]:
     """(N,) bool: does the point fall into one of the images, at a depth within `FRUSTUM_DEPTH`?
 
     The image is taken as [0, W) x [0, H), half a pixel off from what the package calls visible, because so the reduced
@@ -52,37 +53,3 @@ def in_frustum(points: NDArray[np.float32], cameras: tuple[Camera, ...]) -> NDAr
         u, v = pixels.unbind(dim=1)
         seen |= (depth > near) & (depth < far) & (u >= 0) & (u < width) & (v >= 0) & (v < height)
     return seen.numpy()
-
-
-def select_points(
-    points: NDArray[np.float32],
-    cameras: tuple[Camera, ...],
-    point_range: PointRange | None,
-    frustum: bool,
-    source: str,
-    keys: str = "data.point_range and data.frustum",
-) -> NDArray[np.float32]:
-    """The points inside the range and, if asked for, inside one of the images.
-
-    Args:
-        points: (N, 3 + F).
-        cameras: of the frame; without any, `frustum` takes nothing away.
-        point_range: None takes nothing away.
-        frustum: only what an image shows.
-        source: names the scan in messages.
-        keys: what may have taken points away, in words.
-
-    Raises:
-        BadFrameError: no point is left.
-    """
-    kept = points
-    if point_range is not None:
-        kept = kept[in_range(kept, point_range)]
-    if frustum and cameras:
-        kept = kept[in_frustum(kept, cameras)]
-    if len(kept) == 0:
-        raise BadFrameError(
-            f"{source}: none of its {len(points)} points is left after {keys}; widen them, check the calibration, or set "
-            "data.on_bad_frame=skip"
-        )
-    return kept

@@ -5,7 +5,9 @@ ground truth are left out), and every member is held against its check sum. An e
 order, `shuffle_shards` at a time, and their frames are mixed: neighbouring reads then stay near each other.
 """
 
+import json
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Annotated, Literal
 from zlib import crc32
 
@@ -13,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 
-from simipu3d.contracts.frame import Frame
-from simipu3d.data.config import DataConfig
+from simipu3d.contracts.frame import EVERYTHING, Frame, TruthKind, Wants
 from simipu3d.data.loading.order import epoch_order, order_rng
+from simipu3d.data.readers.base import POINT_TRUTH, TRUTH_KINDS, BaseReader, ScanConfig
 from simipu3d.data.readers.files import WAY_OUT
 from simipu3d.data.shards.format import FrameEntry, Member, ShardInfo, digest, parse_entry, read_manifest
 from simipu3d.data.shards.frames import camera_stem, decode_frame, wanted
@@ -29,7 +31,7 @@ BRIDGED_GAP = 16 * 1024
 """Members that lie nearer than this are read together, bytes."""
 
 
-class ShardsConfig(DataConfig):
+class ShardsConfig(ScanConfig):
     """The `data:` block for `name: shards`."""
 
     name: str = "shards"
@@ -40,23 +42,20 @@ class ShardsConfig(DataConfig):
     """A shard set holds one split."""
     shuffle_shards: PositiveInt | None = 8
     """So many shards are mixed at a time; null: the frames of all. Default: a working set that a disk cache holds."""
-    load_ground_truth: bool = True
-    """Read boxes, depth, classes and instances where the set has them. Pre-training never looks at them."""
 
 
 @READERS.register("shards", config=ShardsConfig)
-class ShardsReader:
+class ShardsReader(BaseReader):
     """Frames of a shard set. Contract: `FrameReader`, with an order of its own; frame ids are those of the source.
 
     Raises:
         UserError: no finished shard set, one of a newer format, a camera that it has not, or absent shards.
     """
 
-    class_names: tuple[str, ...] = ()
-    point_columns: tuple[str, ...] = ("x", "y", "z", "intensity")
+    config: ShardsConfig
 
-    def __init__(self, config: ShardsConfig):
-        self.config = config
+    def __init__(self, config: ShardsConfig, wants: Wants = EVERYTHING):
+        super().__init__(config, wants)
         self.store = open_store(config.root)
         self.manifest = read_manifest(self.store)
         self.class_names, self.point_columns = self.manifest.class_names, self.manifest.point_columns
@@ -69,13 +68,11 @@ class ShardsReader:
         self._first = np.cumsum([0, *(shard.frames for shard in self.manifest.shards)])
         self._indexes: OrderedDict[int, list[bytes]] = OrderedDict()
         if isinstance(self.store, LocalStore):
-            self._check_present()
+            self._check_shards()
+        self.gives = frozenset(self._old_truth() if self.manifest.gives is None else self.manifest.gives)
 
     def __len__(self) -> int:
         return self.manifest.frames
-
-    def prepare(self) -> None:
-        """Nothing: shards are read as they are."""
 
     def epoch_order(self, seed: int, epoch: int) -> NDArray[np.int64]:
         """(len,) shards in a drawn order, `shuffle_shards` at a time, their frames mixed."""
@@ -97,10 +94,35 @@ class ShardsReader:
         shard = self.manifest.shards[number]
         entry = self._entry(number, index - int(self._first[number]))
         source = f"{self.store.path(shard.name)}: frame {entry.frame_id}"
-        truth = self.config.load_ground_truth
-        chosen = [member for member in entry.members if wanted(member.suffix, self._stems, truth)]
+        chosen = [member for member in entry.members if wanted(member.suffix, self._stems, self.wants)]
         members = self._read(shard, chosen, source)
-        return decode_frame(members, source, self.config.cameras, truth)
+        frame = decode_frame(members, source, self.config.cameras, self.wants, with_sizes=self._needs_cameras)
+        return self._cut(frame, source)
+
+    def _cut(self, frame: Frame, source: str) -> Frame:
+        """The frame without the points that `point_range` and `frustum` take away, and without images that are not wanted."""
+        changes = {} if self.wants.images else {"cameras": ()}
+        if self.wants.points and (self.config.point_range is not None or self.config.frustum):
+            kept = self._select(frame.points, frame.cameras, source)
+            truth = {kind: getattr(frame, kind) for kind in POINT_TRUTH}
+            changes |= {"points": frame.points[kept]}
+            changes |= {kind: labels[kept] for kind, labels in truth.items() if labels is not None}
+        return replace(frame, **changes) if changes else frame
+
+    def _old_truth(self) -> list[TruthKind]:
+        """The kinds of ground truth of a set of format 1, which says it in its first frame only."""
+        if not len(self):
+            return []
+        try:
+            entry = self._entry(0, 0)
+            about = self._read(
+                self.manifest.shards[0], [m for m in entry.members if m.suffix == "json"], entry.frame_id
+            )
+        except BadFrameError:  # which is reported when the frame is read
+            return list(TRUTH_KINDS)
+        has_boxes = json.loads(about["json"]).get("boxes") is not None
+        stems = {member.suffix.removesuffix(".npy").rpartition(".")[2] for member in entry.members}
+        return [kind for kind in TRUTH_KINDS if kind in stems or (kind == "boxes" and has_boxes)]
 
     def _entry(self, number: int, position: int) -> FrameEntry:
         if number not in self._indexes:
@@ -151,8 +173,8 @@ class ShardsReader:
                 members[member.suffix] = part
         return members
 
-    def _check_present(self) -> None:
-        """Compare the folder with the manifest once, so that a half-copied set is told before training starts."""
+    def _check_shards(self) -> None:
+        """Compare the folder with the manifest once, so that a half-copied set is reported before training starts."""
         wrong = [shard for shard in self.manifest.shards if self.store.size(shard.name) != shard.bytes]
         # The frames of a lost shard are bad frames like any other, unless they are more than a run would bear anyway.
         if sum(shard.frames for shard in wrong) > self.config.max_bad_frames(len(self)):

@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
-from simipu3d.contracts.frame import Camera, Frame, check_points
-from simipu3d.data.config import DataConfig
-from simipu3d.data.readers.files import WAY_OUT, decode_image
-from simipu3d.data.readers.select_points import PointRange, check_point_range, select_points
+from simipu3d.contracts.frame import EVERYTHING, Boxes, Camera, Frame, Wants, check_points
+from simipu3d.data.readers.base import BaseReader, ReaderConfig, check_listed, read_list
+from simipu3d.data.readers.files import WAY_OUT, decode_image, unread_image
+from simipu3d.data.readers.waymo_boxes import image_boxes
 from simipu3d.data.readers.waymo_moment import (
     CAMERA_NAMES,
     LASER_NAMES,
@@ -60,7 +60,7 @@ INSIDE_NO_LABEL_ZONE = 1
 """The flag of a pixel that lies in one; others have -1."""
 
 
-class WaymoConfig(DataConfig):
+class WaymoConfig(ReaderConfig):
     """The `data:` block for `name: waymo`."""
 
     name: str = "waymo"
@@ -93,12 +93,6 @@ class WaymoConfig(DataConfig):
     no_label_zone: Literal["keep", "drop"] = "drop"
     """What becomes of points in zones that nobody labelled. Default: dropped, as by the paper's converter and those of
     detection toolboxes, so that a scan holds what detectors see; pre-training needs no label and may keep them."""
-    point_range: PointRange | None = None
-    """Only points strictly between x, y, z minimum and x, y, z maximum, metres. Default: all."""
-    frustum: bool = False
-    """Only points that fall into one of the images. Default: the whole scan."""
-    load_boxes: bool = True
-    """Read the 3D boxes, where the download has them. Pre-training never looks at them."""
 
     @field_validator("version")
     @classmethod
@@ -108,11 +102,9 @@ class WaymoConfig(DataConfig):
         return version
 
     @model_validator(mode="after")
-    def _check(self) -> "WaymoConfig":
-        check_point_range(self.point_range)
-        for key, names in (("features", self.features), ("lasers", self.lasers or ())):
-            if len(set(names)) < len(names):
-                raise ValueError(f"{key} names something twice: {list(names)}")
+    def _check_choice(self) -> "WaymoConfig":
+        if len(set(self.lasers or ())) < len(self.lasers or ()):
+            raise ValueError(f"lasers names something twice: {list(self.lasers or ())}")
         first, last = self.fraction
         if not 0 <= first < last <= 1:
             raise ValueError(f"fraction must be [from, to] with 0 <= from < to <= 1, got [{first}, {last}]")
@@ -120,7 +112,7 @@ class WaymoConfig(DataConfig):
 
 
 @READERS.register("waymo", config=WaymoConfig)
-class WaymoReader:
+class WaymoReader(BaseReader):
     """Frames of the Waymo Open Dataset, segment after segment. Contract: `FrameReader`; a frame's id is its segment and
     its time stamp in microseconds.
 
@@ -128,17 +120,25 @@ class WaymoReader:
         UserError: a folder, a component or a listed segment is missing, or a segment's files do not fit together.
     """
 
-    class_names: tuple[str, ...] = ()
-    point_columns: tuple[str, ...] = ("x", "y", "z", "intensity")
+    config: WaymoConfig
 
-    def __init__(self, config: WaymoConfig):
-        self.config = config
+    def __init__(self, config: WaymoConfig, wants: Wants = EVERYTHING):
+        super().__init__(config, wants)
         self.cameras = tuple(CAMERA_NAMES.values()) if config.cameras is None else config.cameras
         self.lasers = tuple(LASER_NAMES.values()) if config.lasers is None else config.lasers
         self.point_columns = ("x", "y", "z", *config.features)
-        self.request = WaymoRequest(self.cameras, self.lasers, config.returns, config.load_boxes)
         folder = _folder(config)
         source = FORMATS[config.version]
+        self.gives = frozenset({"boxes"} if config.split != "test" and source.has_boxes(folder) else ())
+        has_boxes = self._wanted("boxes") and "boxes" in self.gives
+        self.request = WaymoRequest(
+            cameras=self.cameras if self._needs_cameras else (),
+            lasers=self.lasers if wants.points else (),
+            returns=config.returns,
+            boxes=has_boxes,
+            projected_boxes=has_boxes and wants.images,
+            pixels=wants.images,
+        )
         self.segments = _chosen_segments(config, folder, source.list_segments(folder))
         self.source = source(folder, self.segments, self.request)
         self.positions = range(0, len(self.source.moments), config.load_interval)
@@ -146,28 +146,24 @@ class WaymoReader:
     def __len__(self) -> int:
         return len(self.positions)
 
-    def prepare(self) -> None:
-        """Nothing: the downloaded files are read as they are."""
-
     def __getitem__(self, index: int) -> Frame:
         moment = self.source.read(self.positions[index])
         where = _place(moment, "lidar")
         _check_sensors(moment, self.request)
-        cameras = tuple(_camera(camera, moment) for camera in moment.cameras)
-        scans = [scan for scan, _ in self._scans(moment)]
-        points = np.concatenate([np.zeros((0, len(self.point_columns)), dtype=np.float32), *scans])
-        if self.lasers:
+        cameras = tuple(_camera(camera, moment, self.request.pixels) for camera in moment.cameras)
+        points = np.concatenate([self._no_points(), *(scan for scan, _ in self._scans(moment))])
+        if self.request.lasers:
             check_points(points, where)
-            points = select_points(points, cameras, self.config.point_range, self.config.frustum, where)
+            points = points[self._select(points, cameras, where)]
         return Frame(
             points=points,
             point_columns=self.point_columns,
-            cameras=cameras,
+            cameras=cameras if self.wants.images else (),
             frame_id=f"{moment.segment}/{moment.timestamp_micros}",
             sequence_id=moment.segment,
             timestamp=moment.timestamp_micros * 1e-6,
             world_from_lidar=moment.world_from_vehicle,
-            boxes=moment.boxes,
+            boxes=_boxes(moment),
         )
 
     def stored_projections(self, index: int) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float64]]]:
@@ -178,7 +174,9 @@ class WaymoReader:
             that it sees, and their pixels (M, 2) as (u, v) in the package's convention. The files name the pixel that
             holds a point by whole numbers, so that a pixel is right to half a pixel; they count the rolling shutter in.
         """
-        moment = self.source.read(self.positions[index], replace(self.request, boxes=False, projections=True))
+        moment = self.source.read(
+            self.positions[index], replace(self.request, boxes=False, projected_boxes=False, projections=True)
+        )
         found = {name: ([np.zeros((0, 3), np.float32)], [np.zeros((0, 2))]) for name in self.cameras}
         number_of = {name: number for number, name in CAMERA_NAMES.items()}
         for scan, projection in self._scans(moment):
@@ -245,9 +243,16 @@ def _check_sensors(moment: WaymoMoment, request: WaymoRequest) -> None:
             )
 
 
-def _camera(camera: WaymoCamera, moment: WaymoMoment) -> Camera:
+def _boxes(moment: WaymoMoment) -> Boxes | None:
+    return (
+        None if moment.boxes is None else replace(moment.boxes, image_boxes=image_boxes(moment.boxes, moment.cameras))
+    )
+
+
+def _camera(camera: WaymoCamera, moment: WaymoMoment, pixels: bool) -> Camera:
+    """`pixels`: is the image decoded?"""
     where = f"{_place(moment, 'camera_image')}: camera {camera.name}"
-    image = decode_image(camera.jpeg, where)
+    image = decode_image(camera.jpeg, where) if pixels else unread_image(camera.size)
     if image.shape[:2] != camera.size:
         raise BadFrameError(
             f"{where}: the image is {image.shape[0]} x {image.shape[1]}, and its calibration is for {camera.size[0]} x "
@@ -264,7 +269,7 @@ def _camera(camera: WaymoCamera, moment: WaymoMoment) -> Camera:
         camera_from_lidar=camera_from_lidar,
         distortion=camera.intrinsic[4:].copy(),
         timestamp=camera.pose_timestamp,
-        encoded=camera.jpeg,
+        encoded=camera.jpeg if pixels else None,
     )
 
 
@@ -288,36 +293,24 @@ def _folder(config: WaymoConfig) -> Path:
 
 def _chosen_segments(config: WaymoConfig, folder: Path, present: tuple[str, ...]) -> tuple[str, ...]:
     """The configured part of the segments, sorted by name."""
-    names = sorted(present if config.split_file is None else _read_list(config.split_file))
-    absent = sorted(set(names) - set(present))
-    if absent:
-        raise UserError(
-            f"{config.split_file}: {len(absent)} of its {len(names)} segments are not in {folder} "
-            f"({', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}), which has {len(present)}; take them off the "
-            "list, or set data.split"
-        )
+    names = sorted(present)
+    if config.split_file is not None:
+        names = sorted(_read_segments(config.split_file))
+        check_listed(str(config.split_file), names, present, str(folder), "take them off the list, or set data.split")
     first, last = (round(share * len(names)) for share in config.fraction)
     if first == last:
         raise UserError(f"data.fraction: {list(config.fraction)} of {len(names)} segments is none; take a larger part")
     return tuple(names[first:last])
 
 
-def _read_list(path: Path) -> list[str]:
-    try:
-        words = path.read_text(encoding="utf-8").split()
-    except FileNotFoundError:
-        raise UserError(f"data.split_file: {path}: no such list; write one segment name a line") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not a readable list of segment names ({error})") from error
+def _read_segments(path: Path) -> list[str]:
     names = [
         word.removesuffix(".tfrecord")
         .removesuffix(".parquet")
         .removeprefix("segment-")
         .removesuffix("_with_camera_labels")
-        for word in words
+        for word in read_list(path, "segment name", "10017090168044687777_6380_000_6400_000")
     ]
-    if not names:
-        raise UserError(f"{path}: the list is empty; write one segment name a line")
     if len(set(names)) < len(names):
         raise UserError(f"{path}: {next(name for name in names if names.count(name) > 1)} stands twice; remove one")
     return names

@@ -64,13 +64,14 @@ class WaymoCamera:
 
     Attributes:
         name: from `CAMERA_NAMES`.
-        jpeg: the file's bytes.
+        jpeg: the file's bytes; b"" where they were not asked for.
         intrinsic: (9,) float64 f_u, f_v, c_u, c_v, k1, k2, p1, p2, k3, edge-based pixels.
         vehicle_from_camera: (4, 4) float64, Waymo's camera axes.
         size: height and width that the calibration is for, pixels.
         world_from_vehicle: (4, 4) float64 at the time of the exposure, or None where the files do not say it.
         pose_timestamp: seconds, of that pose, or None.
         labels: (K, 4) float64 projected lidar boxes of this camera: centre x, y, size x, y, edge-based pixels; or None.
+        label_ids: K ids, those of the 3D boxes they are projections of; None without labels.
     """
 
     name: str
@@ -81,6 +82,7 @@ class WaymoCamera:
     world_from_vehicle: NDArray[np.float64] | None = None
     pose_timestamp: float | None = None
     labels: NDArray[np.float64] | None = None
+    label_ids: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +117,7 @@ class WaymoRequest:
         boxes: read lidar_box?
         projected_boxes: read projected_lidar_box, where the download has it?
         projections: read the stored lidar-to-camera projection? Only checks do.
+        pixels: read the images themselves, or calibration and pose of the cameras alone?
     """
 
     cameras: tuple[str, ...]
@@ -123,6 +126,7 @@ class WaymoRequest:
     boxes: bool = True
     projected_boxes: bool = False
     projections: bool = False
+    pixels: bool = True
 
 
 def is_motion(matrix: NDArray[np.float64]) -> bool:
@@ -141,6 +145,11 @@ class WaymoSource(Protocol):
     @classmethod
     def list_segments(cls, root: Path) -> tuple[str, ...]:
         """The segments whose files lie below a folder, sorted."""
+        ...
+
+    @classmethod
+    def has_boxes(cls, root: Path) -> bool:
+        """Do the files below a folder hold 3D boxes, as far as that is known without opening one?"""
         ...
 
     moments: tuple[tuple[str, int], ...]

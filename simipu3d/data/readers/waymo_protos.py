@@ -31,7 +31,7 @@ FIELDS: dict[str, dict[str, tuple[int, str]]] = {
         "camera_labels": (8, "CameraLabels[]"),
         "projected_lidar_labels": (9, "CameraLabels[]"),
     },
-    # The name is text; as bytes it cannot upset the parser before its own reader has looked at it.
+    # Names and ids are text; as bytes they cannot upset the parser before their own reader has looked at them.
     "Context": {
         "name": (1, "bytes"),
         "camera_calibrations": (2, "CameraCalibration[]"),
@@ -96,7 +96,7 @@ FIELDS: dict[str, dict[str, tuple[int, str]]] = {
         "box": (1, "Box"),
         "metadata": (2, "Metadata"),
         "type": (3, "int32"),
-        "id": (4, "string"),
+        "id": (4, "bytes"),
         "detection_difficulty_level": (5, "int32"),
         "tracking_difficulty_level": (6, "int32"),
         "num_lidar_points_in_box": (7, "int32"),

@@ -68,6 +68,11 @@ class WaymoV1:
         """The segments whose files lie in a folder, sorted; one that is not official by name has a record read."""
         return tuple(sorted(_segment_paths(root)))
 
+    @classmethod
+    def has_boxes(cls, root: Path) -> bool:
+        """A record says it itself; those of training and validation have boxes."""
+        return True
+
     def read(self, index: int, request: WaymoRequest | None = None) -> WaymoMoment:
         """The moment at a position of `moments`; its lasers and cameras in the order of the request.
 

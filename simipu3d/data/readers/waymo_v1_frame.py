@@ -127,7 +127,7 @@ def _cameras(frame: Message, request: WaymoRequest, source: str) -> tuple[WaymoC
         cameras.append(
             WaymoCamera(
                 name=name,
-                jpeg=image.image,
+                jpeg=image.image if request.pixels else b"",
                 intrinsic=_intrinsic(calibration, name, source),
                 vehicle_from_camera=_matrix(calibration.extrinsic, f"the extrinsic of camera {name}", source),
                 size=(calibration.height, calibration.width),
@@ -136,6 +136,7 @@ def _cameras(frame: Message, request: WaymoRequest, source: str) -> tuple[WaymoC
                 ),
                 pose_timestamp=image.pose_timestamp if image.HasField("pose_timestamp") else None,
                 labels=_image_boxes(labels[name].labels) if name in labels else None,
+                label_ids=_object_ids(labels[name].labels, name) if name in labels else None,
             )
         )
     return tuple(cameras)
@@ -178,8 +179,15 @@ def _boxes(labels: Sequence[Message], world_from_vehicle: NDArray[np.float64], s
         speed=np.array(speeds, dtype=np.float64).reshape(-1, 3),
         num_points=num_points,
         difficulty=difficulty,
+        ids=_object_ids(labels),
         world_from_vehicle=world_from_vehicle,
     )
+
+
+def _object_ids(labels: Sequence[Message], camera: str = "") -> tuple[str, ...]:
+    """The objects' names; a projected box has its camera's name behind that of its 3D box."""
+    ids = (label.id.decode("utf-8", errors="replace") for label in labels)
+    return tuple(name.removesuffix(f"_{camera}") if camera else name for name in ids)
 
 
 def _speed(metadata: Message, axis: str) -> float:

@@ -32,7 +32,7 @@ from simipu3d.data.readers.waymo_moment import (
 from simipu3d.errors import BadFrameError, UserError
 
 SEGMENT, TIMESTAMP = "key.segment_context_name", "key.frame_timestamp_micros"
-CAMERA, LASER = "key.camera_name", "key.laser_name"
+CAMERA, LASER, OBJECT = "key.camera_name", "key.laser_name", "key.laser_object_id"
 KEYS = {
     "vehicle_pose": (TIMESTAMP,),
     "camera_image": (TIMESTAMP, CAMERA),
@@ -92,7 +92,7 @@ def needed_columns(request: WaymoRequest) -> dict[str, tuple[str, ...]]:
     """The components and columns that a request reads; boxes only where the download has them."""
     columns: dict[str, tuple[str, ...]] = {"vehicle_pose": (POSE,)}
     if request.cameras:
-        columns["camera_image"] = (IMAGE, IMAGE_POSE, IMAGE_POSE_TIME)
+        columns["camera_image"] = (*((IMAGE,) if request.pixels else ()), IMAGE_POSE, IMAGE_POSE_TIME)
         columns["camera_calibration"] = (*CAMERA_INTRINSICS, CAMERA_EXTRINSIC, CAMERA_WIDTH, CAMERA_HEIGHT)
     numbers = range(1, request.returns + 1)
     if request.lasers:
@@ -105,9 +105,9 @@ def needed_columns(request: WaymoRequest) -> dict[str, tuple[str, ...]]:
                 (tensor_columns("LiDARCameraProjectionComponent", number) for number in numbers), ()
             )
     if request.boxes:
-        columns["lidar_box"] = BOX_COLUMNS
+        columns["lidar_box"] = (*BOX_COLUMNS, OBJECT)
     if request.projected_boxes and request.cameras:
-        columns["projected_lidar_box"] = IMAGE_BOX_COLUMNS
+        columns["projected_lidar_box"] = (*IMAGE_BOX_COLUMNS, OBJECT)
     return columns
 
 
@@ -152,6 +152,11 @@ class WaymoV2:
         if not names:
             raise UserError(f"{folder}: holds no .parquet file; download the component vehicle_pose")
         return names
+
+    @classmethod
+    def has_boxes(cls, root: Path) -> bool:
+        """Is there a component lidar_box?"""
+        return (root / "lidar_box").is_dir()
 
     def read(self, index: int, request: WaymoRequest | None = None) -> WaymoMoment:
         """The moment at a position of `moments`."""
@@ -210,26 +215,27 @@ class WaymoV2:
         cameras = []
         for name in (name for name in request.cameras if name in images):
             row = images[name]
-            if not row[IMAGE].is_valid:
+            if request.pixels and not row[IMAGE].is_valid:
                 raise self._bad("camera_image", segment, f"timestamp {timestamp}: the image of {name} is empty")
             intrinsic, extrinsic, size = self._calibration("camera_calibration", segment, name)
             pose = row[IMAGE_POSE]
             cameras.append(
                 WaymoCamera(
                     name=name,
-                    jpeg=row[IMAGE].as_py(),
+                    jpeg=row[IMAGE].as_py() if request.pixels else b"",
                     intrinsic=intrinsic,
                     vehicle_from_camera=extrinsic,
                     size=size,
                     world_from_vehicle=self._matrix("camera_image", segment, pose) if pose.is_valid else None,
                     pose_timestamp=row[IMAGE_POSE_TIME].as_py(),
-                    labels=None if labels is None else labels[name],
+                    labels=None if labels is None else labels[name][0],
+                    label_ids=None if labels is None else labels[name][1],
                 )
             )
         return tuple(cameras)
 
     def _boxes(self, segment: str, timestamp: int, world_from_vehicle: NDArray[np.float64]) -> Boxes:
-        table, _ = self._rows("lidar_box", segment, BOX_COLUMNS, timestamp, at_least=0)
+        table, _ = self._rows("lidar_box", segment, (*BOX_COLUMNS, OBJECT), timestamp, at_least=0)
         values = np.stack([_numbers(table[name]) for name in BOX_COLUMNS], axis=1)
         geometry, whole = values[:, :7], np.nan_to_num(values[:, 10:]).astype(np.int64)
         if not np.isfinite(geometry).all():
@@ -242,14 +248,17 @@ class WaymoV2:
             values[:, 7:10],
             whole[:, 1],
             whole[:, 2],
+            _words(table[OBJECT]),
             world_from_vehicle,
         )
 
-    def _image_boxes(self, segment: str, timestamp: int) -> dict[str, NDArray[np.float64]]:
-        """(K, 4) projected lidar boxes by camera."""
-        table, keys = self._rows("projected_lidar_box", segment, IMAGE_BOX_COLUMNS, timestamp, at_least=0)
-        values = np.stack([_numbers(table[name]) for name in IMAGE_BOX_COLUMNS], axis=1)
-        return {name: values[keys[CAMERA] == number] for number, name in CAMERA_NAMES.items()}
+    def _image_boxes(self, segment: str, timestamp: int) -> dict[str, tuple[NDArray[np.float64], tuple[str, ...]]]:
+        """(K, 4) projected lidar boxes by camera, and their ids."""
+        columns = (*IMAGE_BOX_COLUMNS, OBJECT)
+        table, keys = self._rows("projected_lidar_box", segment, columns, timestamp, at_least=0)
+        values, ids = np.stack([_numbers(table[name]) for name in IMAGE_BOX_COLUMNS], axis=1), _words(table[OBJECT])
+        own = {name: np.flatnonzero(keys[CAMERA] == number) for number, name in CAMERA_NAMES.items()}
+        return {name: (values[rows], tuple(ids[row] for row in rows)) for name, rows in own.items()}
 
     def _calibration(self, component: str, segment: str, name: str) -> Any:
         """What `_read_calibrations` says of one sensor."""
@@ -416,3 +425,8 @@ class WaymoV2:
 def _numbers(column: pa.ChunkedArray) -> NDArray[np.float64]:
     """A column of numbers, NaN where empty."""
     return np.array([np.nan if value is None else value for value in column.to_pylist()], dtype=np.float64)
+
+
+def _words(column: pa.ChunkedArray) -> tuple[str, ...]:
+    """A column of texts, empty where there is none."""
+    return tuple(str(value or "") for value in column.to_pylist())

@@ -13,16 +13,21 @@ damaged one for the truth.
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from pydantic import Field, NonNegativeInt, ValidationError
 
 from simipu3d.config import PartConfig
+from simipu3d.contracts.frame import TruthKind
 from simipu3d.data.shards.store import Store, StoreError
 from simipu3d.errors import UserError
 
-FORMAT = 1
-"""Raise it with every change that a reader of the old files would trip over."""
+FORMAT = 2
+"""Raise it with every change that a reader of the old files would trip over. 2: boxes in a file of their own, with all that
+readers know of them; the manifest says which ground truth there is."""
+READABLE = (1, FORMAT)
+"""Formats that this package reads; it writes the newest."""
 MANIFEST, PREPARE = "manifest.json", "prepare.json"
 
 Digest = str
@@ -106,6 +111,8 @@ class Manifest(PartConfig):
     """Columns of every frame's points."""
     class_names: tuple[str, ...]
     """What the ground truth's classes index."""
+    gives: tuple[TruthKind, ...] | None = None
+    """The kinds of ground truth of the source; None in sets of format 1."""
     cameras: tuple[str, ...]
     """The cameras that occur."""
     frames: NonNegativeInt
@@ -155,16 +162,17 @@ def dump_manifest(manifest: Manifest) -> bytes:
     return sealed(dump_json(json.loads(manifest.model_dump_json())))
 
 
-def check_format(content: bytes, path: str) -> None:
-    """Raise `UserError` when a JSON text is damaged, or says a newer `format` than this package reads."""
+def check_format(content: bytes, path: str, formats: Sequence[int] = READABLE) -> None:
+    """Raise `UserError` when a JSON text is damaged, or says a `format` that is not among those."""
     try:
         found = json.loads(content)["format"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: damaged, or not of a shard set; run prepare_data again") from None
-    if found != FORMAT:
+    if found not in formats:
+        does = "reads" if len(formats) > 1 else "writes"
         raise UserError(
-            f"{path}: is of format {found}, this simipu3d reads format {FORMAT}; install the release that wrote it, or run "
-            "prepare_data again"
+            f"{path}: is of format {found}, this simipu3d {does} format {' and '.join(map(str, formats))}; install the release "
+            "that wrote it, or run prepare_data again with another --out"
         )
 
 

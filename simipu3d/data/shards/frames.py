@@ -1,6 +1,7 @@
 """Which files does one frame become in a shard, and how does it come back?
 
-    <key>.json                        calibration of every camera, names, poses, boxes
+    <key>.json                        calibration of every camera, names, poses
+    <key>.boxes.json                  boxes, where the reader gives some (in `key.json` in sets of format 1)
     <key>.points.npy                  (N, 3 + F) float32; or points_mm.npy (N, 3) int32 millimetres and
                                       point_features.npy (N, F) float32
     <key>.<camera>.png|jpg            the image file's own bytes, or a new JPEG
@@ -22,14 +23,13 @@ from PIL import Image
 from pydantic import Field, PositiveInt
 
 from simipu3d.config import PartConfig
-from simipu3d.contracts.frame import Boxes, Camera, Frame
-from simipu3d.data.readers.files import decode_image
+from simipu3d.contracts.frame import Boxes, Camera, Frame, Wants
+from simipu3d.data.readers.base import CAMERA_TRUTH, POINT_TRUTH
+from simipu3d.data.readers.files import decode_image, unread_image
 from simipu3d.errors import BadFrameError
 
 MAGIC = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpg"}
 """First bytes of the image files that are kept as they are."""
-PIXEL_TRUTH = ("depth", "pixel_class", "pixel_instance")
-POINT_TRUTH = ("point_class", "point_instance")
 BOX_TYPES = {
     "center": (np.float64, (-1, 3)),
     "size": (np.float64, (-1, 3)),
@@ -37,9 +37,18 @@ BOX_TYPES = {
     "velocity": (np.float64, (-1, 2)),
     "num_points": (np.int64, (-1,)),
     "difficulty": (np.int64, (-1,)),
-    "image_box": (np.float64, (-1, 4)),
+    "visibility": (np.int64, (-1,)),
+    "truncation": (np.float64, (-1,)),
+    "occlusion": (np.int64, (-1,)),
+    "alpha": (np.float64, (-1,)),
 }
 """Type and shape of the arrays of `Boxes`."""
+BOX_WORDS = ("attributes", "ids")
+"""Fields of `Boxes` that are texts, one a box, or None."""
+BOX_REGIONS = ("image_boxes", "ignored")
+"""Fields of `Boxes` that are (K, 4) a camera, or None."""
+OLD_IMAGE_BOX = "image_2"
+"""The camera of `image_box` in sets of format 1: KITTI alone had one."""
 
 
 class PrepareConfig(PartConfig):
@@ -65,14 +74,17 @@ def camera_stem(name: str) -> str:
     return re.sub(r"[^a-z0-9_-]", "_", name.lower())[:60]
 
 
-def wanted(suffix: str, stems: Collection[str] | None, ground_truth: bool) -> bool:
-    """Must a member be read, for the cameras of these stems (None: all), with or without ground truth?"""
+def wanted(suffix: str, stems: Collection[str] | None, wants: Wants) -> bool:
+    """Must a member be read, for the cameras of these stems (None: all)?"""
     stem, _, kind = suffix.partition(".")
-    if kind == "npy":
-        return ground_truth or stem not in POINT_TRUTH
     if suffix == "json":
         return True
-    return (stems is None or stem in stems) and (ground_truth or not kind.endswith("npy"))
+    if suffix == "boxes.json":
+        return "boxes" in wants.truth
+    if kind == "npy":
+        return wants.points and (stem not in POINT_TRUTH or stem in wants.truth)
+    is_image = not kind.endswith(".npy")
+    return wants.images and (stems is None or stem in stems) and (is_image or kind.removesuffix(".npy") in wants.truth)
 
 
 def encode_frame(frame: Frame, config: PrepareConfig) -> list[tuple[str, bytes]]:
@@ -87,15 +99,16 @@ def encode_frame(frame: Frame, config: PrepareConfig) -> list[tuple[str, bytes]]
     images = [_encode_image(camera, config) for camera in frame.cameras]
     files = [f"{stem}.{suffix}" for stem, (suffix, _) in zip(stems, images, strict=True)]
     try:
-        about = json.dumps(_describe(frame, files), allow_nan=False, ensure_ascii=False).encode()
+        members = [("json", _json(_describe(frame, files))), *_encode_points(frame, config)]
+        boxes = [] if frame.boxes is None else [("boxes.json", _json(_describe_boxes(frame.boxes)))]
     except ValueError as error:
         raise BadFrameError(f"frame {frame.frame_id}: its calibration or boxes hold an infinite number") from error
-    members = [("json", about), *_encode_points(frame, config)]
     members += [(file, content) for file, (_, content) in zip(files, images, strict=True)]
+    members += boxes
     truth = {
         f"{stem}.{kind}": getattr(camera, kind)
         for stem, camera in zip(stems, frame.cameras, strict=True)
-        for kind in PIXEL_TRUTH
+        for kind in CAMERA_TRUTH
     }
     truth |= {kind: getattr(frame, kind) for kind in POINT_TRUTH}
     return members + [(f"{name}.npy", _npy(array)) for name, array in truth.items() if array is not None]
@@ -154,14 +167,22 @@ def _describe(frame: Frame, files: list[str]) -> dict[str, Any]:
             }
             for camera, file in zip(frame.cameras, files, strict=True)
         ],
-        "boxes": None if frame.boxes is None else _describe_boxes(frame.boxes),
     }
 
 
 def _describe_boxes(boxes: Boxes) -> dict[str, Any]:
-    arrays = {name: _plain(getattr(boxes, name)) for name in BOX_TYPES}
-    attributes = None if boxes.attributes is None else list(boxes.attributes)
-    return {"names": list(boxes.names), "attributes": attributes, **arrays}
+    """The content of a frame's JSON file of boxes; what is None is left out."""
+    about: dict[str, Any] = {"names": list(boxes.names)}
+    about |= {name: _plain(getattr(boxes, name)) for name in BOX_TYPES}
+    about |= {name: None if getattr(boxes, name) is None else list(getattr(boxes, name)) for name in BOX_WORDS}
+    for name in BOX_REGIONS:
+        regions = getattr(boxes, name)
+        about[name] = None if regions is None else {camera: _plain(rows) for camera, rows in regions.items()}
+    return {name: value for name, value in about.items() if value is not None}
+
+
+def _json(about: dict[str, Any]) -> bytes:
+    return json.dumps(about, allow_nan=False, ensure_ascii=False).encode()
 
 
 def _plain(array: NDArray | None) -> list | None:
@@ -173,14 +194,17 @@ def _plain(array: NDArray | None) -> list | None:
     return np.where(unknown, None, array.astype(object)).tolist() if unknown.any() else array.tolist()
 
 
-def decode_frame(members: dict[str, bytes], source: str, cameras: tuple[str, ...] | None, ground_truth: bool) -> Frame:
+def decode_frame(
+    members: dict[str, bytes], source: str, cameras: tuple[str, ...] | None, wants: Wants, *, with_sizes: bool = False
+) -> Frame:
     """A frame from the members that `wanted` chooses.
 
     Args:
         members: content by suffix.
         source: names the frame, for messages.
         cameras: which cameras, in which order; None: all.
-        ground_truth: with boxes, depth, classes and instances.
+        wants: what the frame holds.
+        with_sizes: where images are not wanted, give the cameras all the same, black and of their images' sizes.
 
     Raises:
         BadFrameError: a camera is not there, an image cannot be decoded, or a member holds something else.
@@ -191,21 +215,23 @@ def decode_frame(members: dict[str, bytes], source: str, cameras: tuple[str, ...
             name.removesuffix(".npy"): _array(content) for name, content in members.items() if name[-4:] == ".npy"
         }
         own = {camera["name"]: camera for camera in about["cameras"]}
-        absent = [name for name in cameras or () if name not in own]
+        chosen = (cameras or own) if wants.images or with_sizes else ()
+        absent = [name for name in chosen if name not in own]
         if absent:
             raise BadFrameError(f"{source}: has no camera {absent[0]}, it has {', '.join(own) or 'none'}")
-        boxes = about["boxes"] if ground_truth else None
+        columns = tuple(about["point_columns"])
+        boxes = json.loads(members["boxes.json"]) if "boxes.json" in members else about.get("boxes")
         return Frame(
-            points=_points(arrays),
-            point_columns=tuple(about["point_columns"]),
-            cameras=tuple(_camera(own[name], members, arrays, source) for name in cameras or own),
+            points=_points(arrays) if wants.points else np.zeros((0, len(columns)), dtype=np.float32),
+            point_columns=columns,
+            cameras=tuple(_camera(own[name], members, arrays, source) for name in chosen),
             frame_id=about["frame_id"],
             sequence_id=about["sequence_id"],
             timestamp=about["timestamp"],
             world_from_lidar=_matrix(about["world_from_lidar"], (4, 4)),
             native_from_lidar=_matrix(about["native_from_lidar"], (4, 4)),
             intensity_scale=about["intensity_scale"],
-            boxes=None if boxes is None else _boxes(boxes),
+            boxes=_boxes(boxes) if boxes is not None and "boxes" in wants.truth else None,
             **{kind: arrays[kind] for kind in POINT_TRUTH if kind in arrays},
         )
     except BadFrameError:
@@ -227,16 +253,18 @@ def _points(arrays: dict[str, NDArray]) -> NDArray[np.float32]:
 
 
 def _camera(about: dict[str, Any], members: dict[str, bytes], arrays: dict[str, NDArray], source: str) -> Camera:
-    stem, encoded = camera_stem(about["name"]), members[about["file"]]
+    """A camera, black where the members lack its image because nobody asked for it."""
+    stem, encoded = camera_stem(about["name"]), members.get(about["file"])
+    size, place = tuple(about["image_size"]), f"{source}: {about['file']}"
     return Camera(
         name=about["name"],
-        image=decode_image(encoded, f"{source}: {about['file']}"),
+        image=unread_image(size) if encoded is None else decode_image(encoded, place),
         image_from_camera=_matrix(about["image_from_camera"], (3, 4)),
         camera_from_lidar=_matrix(about["camera_from_lidar"], (4, 4)),
         distortion=_matrix(about["distortion"], (5,)),
         timestamp=about["timestamp"],
         encoded=encoded,
-        **{kind: arrays[f"{stem}.{kind}"] for kind in PIXEL_TRUTH if f"{stem}.{kind}" in arrays},
+        **{kind: arrays[f"{stem}.{kind}"] for kind in CAMERA_TRUTH if f"{stem}.{kind}" in arrays},
     )
 
 
@@ -245,10 +273,16 @@ def _matrix(values: list | None, shape: tuple[int, ...]) -> NDArray[np.float64] 
 
 
 def _boxes(about: dict[str, Any]) -> Boxes:
-    arrays = {
+    fields: dict[str, Any] = {
         name: np.array(about[name], dtype=dtype).reshape(shape)
         for name, (dtype, shape) in BOX_TYPES.items()
-        if about[name] is not None
+        if about.get(name) is not None
     }
-    attributes = None if about["attributes"] is None else tuple(about["attributes"])
-    return Boxes(names=tuple(about["names"]), attributes=attributes, **arrays)
+    fields |= {name: tuple(about[name]) for name in BOX_WORDS if about.get(name) is not None}
+    old = about.get("image_box")
+    regions = {"image_boxes": None if old is None else {OLD_IMAGE_BOX: old}}
+    regions |= {name: about[name] for name in BOX_REGIONS if about.get(name) is not None}
+    for name, own in regions.items():
+        if own is not None:
+            fields[name] = {camera: _matrix(rows, (-1, 4)) for camera, rows in own.items()}
+    return Boxes(names=tuple(about["names"]), **fields)

@@ -18,9 +18,9 @@ import numpy as np
 
 import simipu3d
 from simipu3d.config import changed_keys, to_plain
-from simipu3d.contracts.frame import Frame, FrameReader
+from simipu3d.contracts.frame import EVERYTHING, Frame, FrameReader
 from simipu3d.data.config import DataConfig
-from simipu3d.data.loading.loader import BadFrameLimit, build_reader, check_seen
+from simipu3d.data.loading.loader import BadFrameLimit, check_seen
 from simipu3d.data.shards.format import (
     FORMAT,
     MANIFEST,
@@ -45,6 +45,7 @@ from simipu3d.data.shards.frames import PrepareConfig, encode_frame
 from simipu3d.data.shards.jobs import check_stopped, progress_bar, run_jobs
 from simipu3d.data.shards.store import Store, open_store
 from simipu3d.errors import BadFrameError, UserError
+from simipu3d.registry import READERS
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def prepare_shards(config: DataConfig, prepare: PrepareConfig, url: str, workers
             frame is bad and `on_bad_frame` is `raise`, or too many are.
     """
     store = open_store(url)
-    reader = build_reader(config)
+    reader = READERS[config.name].target(config, EVERYTHING)
     reader.prepare()
     if len(reader) == 0:
         raise UserError(f"data.split: split {config.split} of {config.root or config.name} has no frames to write")
@@ -147,7 +148,7 @@ def _plan(
         text = {"seal": "", "format": FORMAT, "config": plain, "frames": len(reader), "frames_per_shard": per_shard}
         store.write(PREPARE, sealed(dump_json(text)))
     content = store.read(PREPARE)
-    check_format(content, path)
+    check_format(content, path, [FORMAT])
     if not is_sealed(content):
         raise UserError(f"{path}: damaged: differs from its own check sum; delete {store.url} and begin again")
     found = json.loads(content)
@@ -210,6 +211,7 @@ def _manifest(plain: dict[str, Any], reader: FrameReader, shards: list[Written])
         config=plain,
         point_columns=tuple(reader.point_columns),
         class_names=tuple(reader.class_names),
+        gives=tuple(sorted(reader.gives)),
         cameras=tuple(dict.fromkeys(camera for shard in shards for camera in shard.header.cameras)),
         frames=sum(shard.info.frames for shard in shards),
         skipped=tuple(message for shard in shards for message in shard.header.skipped),

@@ -1,0 +1,200 @@
+"""What do all data sets share? The keys that cut a scan, lists of frames, and what is done about files that are absent.
+
+A reader derives from `BaseReader`. It opens what `wants` names and nothing else, and lets `_select` cut the scan.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import model_validator
+
+from simipu3d.contracts.frame import EVERYTHING, Camera, FrameReader, TruthKind, Wants
+from simipu3d.data.config import DataConfig
+from simipu3d.data.readers.select_points import PointRange, check_point_range, in_frustum, in_range
+from simipu3d.errors import BadFrameError, UserError
+
+CAMERA_TRUTH: tuple[Literal["depth", "pixel_class", "pixel_instance"], ...] = ("depth", "pixel_class", "pixel_instance")
+"""Ground truth that a `Camera` carries, by the names of its fields."""
+POINT_TRUTH: tuple[Literal["point_class", "point_instance"], ...] = ("point_class", "point_instance")
+"""Ground truth that a `Frame` carries beside its points, by the names of its fields."""
+TRUTH_KINDS: tuple[TruthKind, ...] = get_args(TruthKind)
+
+
+class ScanConfig(DataConfig):
+    """The keys of the `data:` block that cut a scan."""
+
+    point_range: PointRange | None = None
+    """Only points strictly between x, y, z minimum and x, y, z maximum, metres. Default: all."""
+    frustum: bool = False
+    """Only points that fall into one of the images. Default: the whole scan."""
+
+    @model_validator(mode="after")
+    def _check_scan(self) -> "ScanConfig":
+        check_point_range(self.point_range)
+        return self
+
+
+class ReaderConfig(ScanConfig):
+    """The keys of the `data:` block that every reader of files has."""
+
+    root: Path
+    """The data set's top folder."""
+    split_file: Path | None = None
+    """Read this list, one name a line, instead of the split's own."""
+    features: tuple[str, ...] = ("intensity",)
+    """Columns of a point after x, y, z. [] takes none."""
+
+    @model_validator(mode="after")
+    def _check_lists(self) -> "ReaderConfig":
+        if len(set(self.features)) < len(self.features) or {"x", "y", "z"} & set(self.features):
+            raise ValueError(f"features names columns after x, y, z, each once, got {list(self.features)}")
+        if self.split == "all" and self.split_file is not None:
+            raise ValueError("split_file: split all reads no list; remove split_file, or set split to another name")
+        return self
+
+
+class BaseReader(FrameReader):
+    """A data set that keeps its configuration and what it was asked for."""
+
+    def __init__(self, config: DataConfig, wants: Wants = EVERYTHING):
+        self.config, self.wants = config, wants
+
+    @property
+    def _needs_cameras(self) -> bool:
+        """Are calibrations read? The frustum needs them also where nobody needs the images."""
+        return self.wants.images or (self.wants.points and bool(getattr(self.config, "frustum", False)))
+
+    def _wanted(self, kind: TruthKind) -> bool:
+        """Is this kind of ground truth read? That of pixels and points goes with the images and points."""
+        carrier = {**dict.fromkeys(CAMERA_TRUTH, self.wants.images), **dict.fromkeys(POINT_TRUTH, self.wants.points)}
+        return kind in self.wants.truth and carrier.get(kind, True)
+
+    def _no_points(self) -> NDArray[np.float32]:
+        """(0, 3 + F): what a frame holds where no points are wanted."""
+        return np.zeros((0, len(self.point_columns)), dtype=np.float32)
+
+    def _select(
+        self,
+        points: NDArray[np.float32],
+        cameras: Sequence[Camera],
+        source: str,
+        keys: str = "data.point_range and data.frustum",
+    ) -> NDArray[np.bool_]:
+        """(N,) bool: which points lie inside `point_range` and, with `frustum`, inside one of the images?
+
+        Args:
+            points: (N, 3 + F).
+            cameras: of the frame; without any, `frustum` takes nothing away. Of an image only its size counts.
+            source: names the scan in messages.
+            keys: what may have taken points away, in words.
+
+        Raises:
+            BadFrameError: no point is left.
+        """
+        config = self.config
+        kept = np.ones(len(points), dtype=np.bool_)
+        if config.point_range is not None:
+            kept &= in_range(points, config.point_range)
+        if config.frustum and cameras:
+            kept[kept] = in_frustum(points[kept], cameras)
+        if kept.any():
+            return kept
+        way_out = "check the calibration, or set data.on_bad_frame=skip"
+        if config.frustum and cameras and not in_frustum(points, cameras).any():
+            raise BadFrameError(f"{source}: no camera sees any of its {len(points)} points; {way_out}")
+        raise BadFrameError(f"{source}: none of its {len(points)} points is left after {keys}; widen them, {way_out}")
+
+    def _check_present(
+        self, needed: Iterable[Sequence[str]], labels: Sequence[str], named_by: str, way_out: str
+    ) -> None:
+        """Compare the frames with the folders once, so that a part of a download is reported before training starts.
+
+        Args:
+            needed: for every frame, the files that are read of it, relative to `data.root`.
+            labels: for every frame, what the message calls it or its sequence.
+            named_by: who says that there are such files, in words.
+            way_out: what to do, in words.
+
+        Raises:
+            UserError: more frames lack a file than may be bad. One that lacks a file is else a bad frame like any other.
+        """
+        present = _Folders(self.config.root)
+        lacking, first = [], ""
+        for label, names in zip(labels, needed, strict=True):
+            absent = next((name for name in names if name not in present), None)
+            if absent is not None:
+                first = first or absent
+                lacking.append(label)
+        if lacking and (len(lacking) == len(labels) or len(lacking) > self.config.max_bad_frames(len(labels))):
+            raise UserError(
+                f"{self.config.root / first}: no such file, though {named_by} names it; {len(lacking)} of the "
+                f"{len(labels)} frames of split {self.config.split} lack a file ({some(lacking)}); {way_out}"
+            )
+
+
+class _Folders:
+    """Which files are there? Every folder is listed once."""
+
+    def __init__(self, root: Path):
+        self.root, self.names = root, dict[str, set[str]]()
+
+    def __contains__(self, name: str) -> bool:
+        folder, _, file = name.rpartition("/")
+        if folder not in self.names:
+            path = self.root / folder
+            self.names[folder] = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+        return file in self.names[folder]
+
+
+def some(names: Iterable[str], most: int = 4) -> str:
+    """The first few of some names, each once, for a message."""
+    names = list(dict.fromkeys(names))
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def read_list(path: Path, what: str, example: str, way_out: str = "") -> list[str]:
+    """The words of a list of frames or sequences, one a line.
+
+    Args:
+        path: the file.
+        what: what a word is, for messages: "frame id".
+        example: such a word.
+        way_out: what else to do about a list that is absent.
+
+    Raises:
+        UserError: it is absent, no text, empty, or names something twice.
+    """
+    form = f"write one {what} a line, like {example}"
+    try:
+        words = path.read_text(encoding="utf-8").split()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such list; {way_out or form}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a list ({error}); {form}") from error
+    if not words:
+        raise UserError(f"{path}: the list is empty; {form}")
+    if len(set(words)) < len(words):
+        raise UserError(f"{path}: {next(word for word in words if words.count(word) > 1)} stands twice; remove one")
+    return words
+
+
+def check_listed(path: str, names: Sequence[str], present: Sequence[str], where: str, way_out: str) -> None:
+    """Raise `UserError` when a list names sequences that are not there.
+
+    Args:
+        path: where the names come from, for the message.
+        names: those wanted.
+        present: those there are.
+        where: the place that lacks them, in words.
+        way_out: what to do, in words.
+    """
+    known = set(present)
+    absent = [name for name in names if name not in known]
+    if absent:
+        raise UserError(
+            f"{path}: {len(absent)} of its {len(names)} names are not in {where} ({some(absent, 3)}), which has "
+            f"{len(present)}; {way_out}"
+        )
