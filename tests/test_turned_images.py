@@ -67,7 +67,7 @@ def test_rendered_depth_lies_where_the_depth_of_a_turned_map_lies():
     for row, column in zip(rows, columns, strict=True):
         near = moved[max(0, row - 1) : row + 2, max(0, column - 1) : column + 2]
         found += bool((np.abs(near - rendered[row, column]) < 1e-4).any())
-    assert found > 0.9 * len(rows) > 150
+    assert found > 0.75 * len(rows) > 150  # a turned grid passes some pixels over
 
 
 def test_no_draw_of_another_key_moves_when_a_turn_is_not_asked_for():

@@ -23,13 +23,14 @@ def few_labels(reader: FrameReader, data: DataConfig) -> FrameReader:
     """The reader, or with `data.label_fraction` below 1 a part of it.
 
     Raises:
-        UserError: the data set has an order of its own (a mixture), which a part of it could not keep.
+        UserError: the data set names frames more than once in an epoch (a mixture): its sets can have few labels, not it.
     """
     if data.label_fraction == 1:
         return reader
-    if reader.epoch_order(0, 0) is not None:
+    order = reader.epoch_order(0, 0)
+    if order is not None and len(set(order.tolist())) < len(order):
         raise UserError(
-            f"data.label_fraction: {data.name} reads its frames in an order of its own and cannot be cut; choose one data set"
+            f"data.label_fraction: {data.name} has an order of its own, with frames more than once; set it in its data.sets"
         )
     return FewLabels(reader, draw_frames(len(reader), reader.sequence_ids, data.label_fraction, data.label_seed))
 
@@ -79,6 +80,13 @@ class FewLabels(FrameReader):
     def prepare(self) -> None:
         """What the whole data set does once."""
         self.reader.prepare()
+
+    def epoch_order(self, seed: int, epoch: int) -> NDArray[np.int64] | None:
+        """(len,) the whole data set's own order, if it has one, without the frames that are not here."""
+        order = self.reader.epoch_order(seed, epoch)
+        if order is None:
+            return None
+        return np.searchsorted(self.indices, order[np.isin(order, self.indices)])
 
     def augment_of(self, index: int) -> dict[str, Any]:
         """As the whole data set says."""

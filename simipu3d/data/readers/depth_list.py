@@ -9,7 +9,6 @@ depth toolbox of SimIPU's authors (a leading slash, as NYU's training list has i
 Frames have one camera, `image`, and no points: the camera's own frame is the only one there is.
 """
 
-import io
 import logging
 import re
 from collections.abc import Sequence
@@ -18,12 +17,12 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 from pydantic import PositiveFloat
 
-from simipu3d.contracts.frame import EVERYTHING, Camera, Frame, FrameReader, Wants
+from simipu3d.contracts.frame import EVERYTHING, Camera, Frame, Wants
 from simipu3d.data.config import DataConfig
-from simipu3d.data.readers.files import WAY_OUT, decode_image, read_bytes
+from simipu3d.data.readers.base import BaseReader
+from simipu3d.data.readers.files import WAY_OUT, decode_image, decode_map, read_bytes
 from simipu3d.errors import BadFrameError, UserError
 from simipu3d.registry import READERS
 
@@ -71,7 +70,7 @@ class Line(NamedTuple):
 
 
 @READERS.register("depth_list", config=DepthListConfig)
-class DepthListReader(FrameReader):
+class DepthListReader(BaseReader):
     """Image and depth pairs of a list. Contract: `FrameReader`; frame ids are the images' paths without suffix, sequences their
     folders (KITTI: the drive).
 
@@ -84,9 +83,10 @@ class DepthListReader(FrameReader):
     """
 
     gives = frozenset({"depth"})
+    config: DepthListConfig
 
     def __init__(self, config: DepthListConfig, wants: Wants = EVERYTHING):
-        self.config, self.wants = config, wants
+        super().__init__(config, wants)
         self.depth_root = config.root if config.depth_root is None else config.depth_root
         self.lines = _read_lines(config)
         self.frame_ids = tuple(line.image.rpartition(".")[0] for line in self.lines)
@@ -98,7 +98,7 @@ class DepthListReader(FrameReader):
 
     def __getitem__(self, index: int) -> Frame:
         return Frame(
-            points=np.zeros((0, len(self.point_columns)), dtype=np.float32),
+            points=self._no_points(),
             point_columns=self.point_columns,
             cameras=(self._camera(self.lines[index]),) if self.wants.images else (),
             frame_id=self.frame_ids[index],
@@ -114,7 +114,7 @@ class DepthListReader(FrameReader):
         fx, fy, cx, cy = self.config.intrinsics or (line.focal, line.focal, (width - 1) / 2, (height - 1) / 2)
         image_from_camera = np.array([[fx, 0, cx - left, 0], [0, fy, cy - top, 0], [0, 0, 1, 0]], dtype=np.float64)
         depth = None
-        if "depth" in self.wants.truth:
+        if self._wanted("depth"):
             depth = np.ascontiguousarray(self._depth(line, (height, width))[top:bottom, left:right])
         return Camera(
             name="image",
@@ -147,25 +147,16 @@ class DepthListReader(FrameReader):
             )
 
     def _is_there(self, line: Line) -> bool:
-        depth = line.depth is None or "depth" not in self.wants.truth or (self.depth_root / line.depth).is_file()
+        depth = line.depth is None or not self._wanted("depth") or (self.depth_root / line.depth).is_file()
         return depth and (self.config.root / line.image).is_file()
 
 
 def _decode_depth(content: bytes, source: str) -> NDArray[np.generic]:
     """(H, W) whole numbers of a 16-bit PNG."""
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            if image.mode not in ("I;16", "I;16B", "I"):
-                raise BadFrameError(
-                    f"{source}: is no 16-bit grey PNG but {image.mode}, so it holds no depth; {WAY_OUT}"
-                )
-            return np.asarray(image)
-    except UnidentifiedImageError:
-        raise BadFrameError(f"{source}: is not an image, or its first bytes are damaged; {WAY_OUT}") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise BadFrameError(
-            f"{source}: the depth map is cut short or damaged ({' '.join(str(error).split())}); {WAY_OUT}"
-        ) from error
+    values = decode_map(content, source)
+    if values.dtype == np.uint8:
+        raise BadFrameError(f"{source}: has 8 bits a pixel, a depth map has 16; {WAY_OUT}")
+    return values
 
 
 def _window(size: tuple[int, int], crop: str | None, source: str) -> tuple[int, int, int, int]:

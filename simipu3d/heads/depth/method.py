@@ -82,12 +82,12 @@ class Depth(Method):
         return enlarge(depth, covered)[:, 0, :height, :width]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """`depth_loss` (SigLoss over the `depth_rows` pixels whose truth is known) and their `abs_rel`."""
+        """`depth_loss` (SigLoss over the `depth_rows` pixels whose truth is known) and their `depth_abs_rel`, to watch."""
         own, view, truth = self.config.depth, batch.images[0], batch.truth.depth[0]
         if len(view.images) == 0:
             zero = sum(p.sum() * 0 for p in self.parameters() if p.requires_grad)
             nothing = torch.zeros((), device=view.images.device)
-            return {"loss": zero + nothing, "depth_loss": nothing, "abs_rel": nothing, "depth_rows": nothing}
+            return {"loss": zero + nothing, "depth_loss": nothing, "depth_abs_rel": nothing, "depth_rows": nothing}
         depth = self._at_pixels(self.depth_of(view.images, view.image_size), tuple(view.images.shape[-2:]))
         loss = sig_loss(
             depth,
@@ -100,7 +100,12 @@ class Depth(Method):
         known = truth > 0
         relative = (depth.detach() - truth)[known].abs() / truth[known]
         rows = known.sum().float()
-        return {"loss": loss, "depth_loss": loss, "abs_rel": relative.sum() / rows.clamp(min=1), "depth_rows": rows}
+        return {
+            "loss": loss,
+            "depth_loss": loss,
+            "depth_abs_rel": relative.sum() / rows.clamp(min=1),
+            "depth_rows": rows,
+        }
 
     @torch.no_grad()
     def predict_depth(self, view: ImageView) -> list[Tensor]:
