@@ -18,6 +18,7 @@ demo: setup
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) .ci/types
 
 test: lint
 	$(PY) -m pytest -q -m "not slow" --durations=10

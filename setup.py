@@ -26,7 +26,7 @@ setup(
         "simipu3d.configs",
     ],
     package_dir={"simipu3d.ops": "ops", "simipu3d.tools": "tools", "simipu3d.configs": "configs"},
-    package_data={"simipu3d.configs": ["**/*.yaml"]},
+    package_data={"simipu3d": ["py.typed"], "simipu3d.configs": ["**/*.yaml"]},
     install_requires=[
         "torch>=2.6",
         "torchvision",
@@ -52,7 +52,7 @@ setup(
         "cu120": ['spconv-cu120>=2.3.6; python_version < "3.12"'],
         "cu126": ["spconv-cu126>=2.3.8"],
         "scatter": ["torch-scatter>=2.1.2"],
-        "dev": ["pytest>=8", "ruff>=0.9", "webdataset>=0.2.90"],
+        "dev": ["pytest>=8", "ruff>=0.9", "shapely>=2", "webdataset>=0.2.90"],
     },
     entry_points={"console_scripts": ["simipu3d = simipu3d.tools.main:main"]},
 )

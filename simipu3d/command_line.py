@@ -1,6 +1,7 @@
 """What every tool does round its own work: `--traceback`, one-line errors, exit status, logging.
 
-Exit status: 0 all of it worked, 2 something the user can mend, 130 interrupted; our own bugs keep their traceback.
+Exit status: 0 all of it worked, 2 something the user can mend, 130 interrupted, 143 stopped by a scheduler; our own bugs
+keep their traceback.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from simipu3d.errors import UserError
+from simipu3d.errors import Stopped, UserError
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, *, default: str | None = None, needed: bool = True) -> None:
@@ -69,10 +70,20 @@ def run(
     except UserError as error:
         if args.traceback:
             raise
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one speaks
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _speak(f"error: {error}")
         return 2
+    except Stopped as stop:
+        _speak(stop.message)
+        return stop.status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _speak(line: str) -> None:
+    """Print one line; of several processes the first one does."""
+    # In the order in which torchrun, Lightning and srun name a process.
+    rank = next((os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), "0")
+    if rank == "0":
+        print(" ".join(line.split()), file=sys.stderr, flush=True)

@@ -11,3 +11,16 @@ class UserError(ValueError):
 
 class BadFrameError(UserError):
     """One frame of a data set cannot be used. Training follows `data.on_bad_frame` when it meets one."""
+
+
+class Stopped(BaseException):
+    """A signal ended the work before its end. No `Exception`, like `KeyboardInterrupt`: nobody who mends errors catches it.
+
+    Args:
+        message: the one line about it.
+        status: the exit status, 128 + the signal's number, or of SIGTERM where another means the same.
+    """
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.message, self.status = message, status

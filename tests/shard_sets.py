@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from simipu3d.config import parse_part
-from simipu3d.data.loading.loader import build_reader
+from simipu3d.contracts.frame import EVERYTHING, Wants
 from simipu3d.data.readers.shards import ShardsReader
 from simipu3d.data.shards.frames import PrepareConfig
 from simipu3d.registry import READERS
@@ -28,8 +28,8 @@ def parse(**block):
     return parse_part("data", READERS, block)
 
 
-def open_shards(url, **keys) -> ShardsReader:
-    return build_reader(parse(name="shards", root=str(url), **keys))
+def open_shards(url, wants: Wants = EVERYTHING, **keys) -> ShardsReader:
+    return ShardsReader(parse(name="shards", root=str(url), **keys), wants)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -45,6 +45,11 @@ def difference(first, second, path="frame") -> list[str]:
         same = isinstance(second, np.ndarray) and first.dtype == second.dtype
         same = same and np.array_equal(first, second, equal_nan=first.dtype.kind == "f")
         return [] if same else [path]
+    if isinstance(first, dict) and isinstance(second, dict):
+        same = list(first) == list(second)
+        return (
+            [line for key in first for line in difference(first[key], second[key], f"{path}.{key}")] if same else [path]
+        )
     if isinstance(first, tuple | list) and len(first) and is_dataclass(first[0]):
         pairs = zip(first, second, strict=True)
         return [line for i, (a, b) in enumerate(pairs) for line in difference(a, b, f"{path}.{i}")]

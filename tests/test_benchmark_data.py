@@ -10,8 +10,9 @@ from simipu3d.registry import READERS
 
 
 def test_rows_of_a_case_and_of_the_one_it_is_compared_with(tmp_path):
-    made = {"name": "drive_world", "root": str(tmp_path), "num_frames": 2, "augment": {"images": {"resize": None}}}
-    rows = time_cases([Case("made", made), Case("again", made, against="made")], rounds=1, frames=2, soak=4)
+    made, augment = {"name": "drive_world", "root": str(tmp_path), "num_frames": 2}, {"images": {"resize": None}}
+    cases = [Case("made", made, augment=augment), Case("again", made, against="made", augment=augment)]
+    rows = time_cases(cases, rounds=1, frames=2, soak=4)
     assert [row["case"] for row in rows] == ["made", "again"]
     for row in rows:
         assert row["frames_read"] == 4

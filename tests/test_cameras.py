@@ -5,16 +5,18 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from helpers import AUGMENT, CAMERA_FROM_LIDAR, batch_of, small_method, street
+from helpers import AUGMENT, CAMERA_FROM_LIDAR, COLUMNS, batch_of, small_method, street
 
 from simipu3d.contracts.batch import Batch, ImageView, map_tensors
 from simipu3d.contracts.frame import Camera, Frame
 from simipu3d.contrast.info_nce import info_nce
 from simipu3d.data.config import ImageAugmentConfig
-from simipu3d.data.loading.augment import augment_frame
-from simipu3d.data.loading.collate import collate
+from simipu3d.data.loading.augment import Sample, augment_frame
+from simipu3d.data.loading.collate import Collate
+from simipu3d.engine.callbacks import pictures_of
 from simipu3d.engine.pretrain import pretrain
 from simipu3d.methods.drawing import draw_features, draw_pixel_pairs
+from simipu3d.methods.simipu import SimIPU
 from simipu3d.pictures import mosaic
 from simipu3d.pictures.frames import frame_facts, frame_page, views_page
 
@@ -40,8 +42,15 @@ def rig_frame(seed: int, names=("front", "left", "right")) -> Frame:
     return replace(frame, cameras=tuple(cameras))
 
 
+collate = Collate(SimIPU.NEEDS, len(COLUMNS))
+
+
+def augmented(frames, augment=MIXED) -> list[Sample]:
+    return [augment_frame(frame, augment, SimIPU.NEEDS, np.random.SeedSequence(n)) for n, frame in enumerate(frames)]
+
+
 def collate_frames(frames, augment=MIXED) -> Batch:
-    return collate([augment_frame(frame, augment, np.random.SeedSequence(n), ()) for n, frame in enumerate(frames)])
+    return collate(augmented(frames, augment))
 
 
 def ragged() -> list[Frame]:
@@ -74,27 +83,28 @@ def pair_set(used, names, batch_index, tokens):
 
 def test_names_go_with_the_images():
     batch = collate_frames(ragged())
-    assert batch.images.camera_names == ("front", "left", "right", "left", "far_left", "right", "front", "left")
-    assert batch.images.batch_index.tolist() == [0, 0, 0, 1, 3, 3, 3, 3]
-    assert batch.images.camera_index.tolist() == [0, 1, 2, 0, 0, 1, 2, 3]
-    assert len({tuple(size) for size in batch.images.image_size.tolist()}) > 4
+    (images,) = batch.images
+    assert images.camera_names == ("front", "left", "right", "left", "far_left", "right", "front", "left")
+    assert images.batch_index.tolist() == [0, 0, 0, 1, 3, 3, 3, 3]
+    assert images.camera_index.tolist() == [0, 1, 2, 0, 0, 1, 2, 3]
+    assert len({tuple(size) for size in images.image_size.tolist()}) > 4
     moved = map_tensors(batch, torch.clone)
-    assert moved.images.camera_names == batch.images.camera_names
-    assert batch.to("meta").images.camera_names == batch.images.camera_names
-    assert collate([]).images.camera_names == ()
+    assert moved.images[0].camera_names == images.camera_names
+    assert batch.to("meta").images[0].camera_names == images.camera_names
+    assert collate([]).images[0].camera_names == ()
 
 
 def test_a_mixed_batch_pairs_like_its_frames_one_by_one():
     method, frames = small_method().eval(), ragged()
-    samples = [augment_frame(frame, MIXED, np.random.SeedSequence(n), ()) for n, frame in enumerate(frames)]
+    samples = augmented(frames)
     batch = collate(samples)
-    whole = method.embed(batch)
-    together = pair_set(whole.used, batch.images.camera_names, batch.images.batch_index, whole.tokens[0])
+    whole, images = method.embed(batch), batch.images[0]
+    together = pair_set(whole.inter.used, images.camera_names, images.batch_index, whole.first.tokens)
     found = 0
     for number, sample in enumerate(samples):
         single = collate([sample])
-        own = method.embed(single)
-        alone = pair_set(own.used, single.images.camera_names, single.images.batch_index, own.tokens[0])
+        own, images = method.embed(single), single.images[0]
+        alone = pair_set(own.inter.used, images.camera_names, images.batch_index, own.first.tokens)
         mine = {key[1:]: pixel for key, pixel in together.items() if key[0] == number}
         assert mine.keys() == {key[1:] for key in alone}
         for (_, token, camera), pixel in alone.items():
@@ -107,7 +117,7 @@ def test_the_order_of_the_cameras_does_not_matter():
     """Images of a batch in another order: the same pairs, losses and metrics."""
     batch = collate_frames(ragged())
     order = [2, 0, 1, 3, 7, 4, 6, 5]
-    other = replace(batch, images=permuted_images(batch.images, order))
+    other = replace(batch, images=(permuted_images(batch.images[0], order),))
     method = small_method(contrast={"dim": 8, "inter_direction": "symmetric"}).eval()
     one, two = method(batch), method(other)
     assert one.keys() == two.keys()
@@ -120,7 +130,7 @@ def test_shares_of_tokens_by_the_number_of_cameras_that_see_them():
     batch = collate_frames(ragged())
     method = small_method().eval()
     embedded, metrics = method.embed(batch), method(batch)
-    counts = torch.bincount(embedded.used.token, minlength=len(embedded.xyz[0]))
+    counts = torch.bincount(embedded.inter.used.token, minlength=len(embedded.first.xyz))
     assert set(counts.tolist()) >= {0, 1, 2}
     assert float(metrics["visible_tokens"]) == pytest.approx(float((counts > 0).float().mean()))
     assert float(metrics["overlap_tokens"]) == pytest.approx(float((counts > 1).float().mean()))
@@ -135,10 +145,10 @@ def test_the_pairs_of_one_token_are_no_negatives_of_each_other(mask_duplicates, 
     contrast = {"dim": 8, "mask_duplicates": mask_duplicates, "negatives": negatives}
     method, batch = small_method(contrast=contrast).eval(), collate_frames([rig_frame(1), rig_frame(2)])
     embedded = method.embed(batch)
-    used, (image, points) = embedded.used, embedded.inter
+    used, image, points = embedded.inter.used, embedded.inter.image_rows, embedded.inter.point_rows
     assert len(used.token) > len(used.token.unique()) + 5
     image, points = (torch.nn.functional.normalize(rows, dim=1) for rows in (image, points))
-    copies, frame = embedded.copies[0][used.token], embedded.tokens[0].batch_index[used.token]
+    copies, frame = embedded.first.copies[used.token], embedded.first.tokens.batch_index[used.token]
     losses = []
     for row in range(len(image)):
         keys = []
@@ -151,18 +161,21 @@ def test_the_pairs_of_one_token_are_no_negatives_of_each_other(mask_duplicates, 
         losses.append(logits.logsumexp(0) - logits[keys.index(row)])
     torch.testing.assert_close(method(batch)["inter_loss"], torch.stack(losses).mean())
     # With each other as negatives the loss would be higher: the point side of both is the same.
-    assert float(info_nce(*embedded.inter, 0.07).loss) > float(torch.stack(losses).mean())
+    assert float(info_nce(embedded.inter.image_rows, embedded.inter.point_rows, 0.07).loss) > float(
+        torch.stack(losses).mean()
+    )
 
 
 def test_kept_tokens_that_nothing_shows_stand_in_one_row_each():
     """`invisible: keep` with many cameras: visible pairs, and one row of a zero feature for every token without any."""
     batch = collate_frames(ragged())
-    masked = small_method().eval().embed(batch)
-    kept = small_method(matching={"invisible": "keep"}).eval().embed(batch)
+    masked = small_method().eval().embed(batch).inter
+    whole = small_method(matching={"invisible": "keep"}).eval().embed(batch)
+    kept = whole.inter
     assert masked.pixels.visible.sum() == len(masked.used.token) == kept.used.visible.sum()
     unseen = kept.used.token[~kept.used.visible]
     assert len(unseen) == len(unseen.unique()) > 5
-    with_images = torch.isin(kept.tokens[0].batch_index, batch.images.batch_index).nonzero().squeeze(1)
+    with_images = torch.isin(whole.first.tokens.batch_index, batch.images[0].batch_index).nonzero().squeeze(1)
     assert sorted({*kept.used.token.tolist()}) == with_images.tolist()
     assert not set(unseen.tolist()) & set(masked.used.token.tolist())
 
@@ -173,9 +186,9 @@ def test_a_camera_beside_the_others_changes_no_pixel_of_theirs():
     alone = collate_frames([replace(frame, cameras=frame.cameras[:1])], still)
     both = collate_frames([frame], still)
     method = small_method().eval()
-    one, two = method.embed(alone), method.embed(both)
-    assert torch.equal(one.used.token, two.used.token[two.used.image == 0])
-    assert torch.equal(one.used.pixels, two.used.pixels[two.used.image == 0])
+    one, two = method.embed(alone).inter.used, method.embed(both).inter.used
+    assert torch.equal(one.token, two.token[two.image == 0])
+    assert torch.equal(one.pixels, two.pixels[two.image == 0])
 
 
 def test_a_frame_may_have_no_camera_at_all():
@@ -209,16 +222,16 @@ def test_a_mosaic_holds_every_image_where_it_says(number):
 
 def test_training_pictures_show_all_cameras_of_a_frame():
     method, batch = small_method(), collate_frames(ragged())
-    drawn = method.pictures(batch)
-    widths = [int(width) for _, width in batch.images.image_size[:3].tolist()]
+    drawn = pictures_of(method, batch)
+    widths = [int(width) for _, width in batch.images[0].image_size[:3].tolist()]
     assert drawn["projected_tokens"].shape[1] >= 3 * max(widths)
     embedded = method.eval().embed(batch)
     for frame in (0, 1, 3):
-        assert draw_pixel_pairs(batch, embedded.tokens[0], embedded.used, frame).ndim == 3
+        assert draw_pixel_pairs(batch, embedded.first.tokens, embedded.inter.used, frame).ndim == 3
     # Frame 0 and 1 make four images; the fourth frame's four would be too many.
-    assert draw_features(batch, embedded.maps[-1]).shape[1] < 2.5 * max(widths)
+    assert draw_features(batch, embedded.inter.feature_map).shape[1] < 2.5 * max(widths)
     first_without = collate_frames([rig_frame(3, ()), rig_frame(1)])
-    assert set(method.pictures(first_without)) == {"matches", "projected_tokens", "features"}
+    assert set(pictures_of(method, first_without)) == {"matches", "projected_tokens", "features"}
 
 
 def test_pages_name_the_cameras():
@@ -232,7 +245,7 @@ def test_pages_name_the_cameras():
 
 
 @pytest.mark.slow  # a minute on one core
-def test_frames_of_six_cameras_are_learned_by_heart(tmp_path):
+def test_frames_of_six_cameras_are_overfitted(tmp_path):
     import csv
 
     sets = [
@@ -244,8 +257,7 @@ def test_frames_of_six_cameras_are_learned_by_heart(tmp_path):
         "data.batch_size=3",
         "data.num_workers=0",
         "data.freeze_draws=true",
-        "data.augment.num_points=4096",
-        "data.augment.images={resize: null}",
+        "augment.points.num_points=4096",
         "trainer.max_steps=40",
         "run.pictures_every_steps=0",
     ]

@@ -11,8 +11,10 @@ from custom_rig import write_sequence
 from PIL import Image
 
 from simipu3d.config import parse_part
+from simipu3d.contracts.frame import EVERYTHING, Wants
 from simipu3d.data.check import check_frame, check_frames, collect
 from simipu3d.data.loading.loader import build_reader
+from simipu3d.data.readers.custom import CustomReader
 from simipu3d.errors import BadFrameError, UserError
 from simipu3d.pictures.overlay import project
 from simipu3d.registry import READERS
@@ -21,8 +23,8 @@ from simipu3d.tools import inspect_data
 MANUAL = Path(__file__).parents[1] / "docs/custom_data.md"
 
 
-def open_custom(root, **keys):
-    return build_reader(parse_part("data", READERS, {"name": "custom", "root": str(root), **keys}))
+def open_custom(root, wants: Wants = EVERYTHING, **keys):
+    return CustomReader(parse_part("data", READERS, {"name": "custom", "root": str(root), **keys}), wants)
 
 
 @pytest.fixture(scope="module")
@@ -168,11 +170,11 @@ def test_splits_are_lists_of_sequences(untouched, tmp_path):
     mine = tmp_path / "mine.txt"
     mine.write_text("first second\n")
     assert len(open_custom(untouched, split="mine", split_file=str(mine))) == 6
-    for text, words in (("", "each once"), ("first\nfirst", "each once"), ("third", "1 of its 1 sequences")):
+    for text, words in (("", "empty"), ("first\nfirst", "twice"), ("third", "1 of its 1 sequences")):
         mine.write_text(text)
         with pytest.raises(UserError, match=words):
             open_custom(untouched, split="mine", split_file=str(mine))
-    with pytest.raises(UserError, match=r"val\.txt: cannot be read as a list"):
+    with pytest.raises(UserError, match=r"val\.txt: no such list"):
         open_custom(untouched, split="val")
     with pytest.raises(UserError, match="no folder in it has a sequence"):
         open_custom(tmp_path)
@@ -205,7 +207,7 @@ JSON_DAMAGES = {
         lambda raw: raw["frames"][0]["boxes"][0].update(centre=[0, 0, 0]),
         ("frames.0.boxes.0.centre: no such key", "did you mean center"),
     ),
-    "no cameras": (lambda raw: raw.pop("cameras"), ("cameras: this key is needed",)),
+    "no cameras": (lambda raw: raw.pop("cameras"), ("frames: f0: there is no camera", "cameras are none")),
     "no rotation": (camera_matrix(0, 0, 2.0), ("cameras.1.camera_from_lidar", "off the identity")),
     "three rows": (
         lambda raw: raw["cameras"][0]["camera_from_lidar"].pop(),
@@ -237,9 +239,28 @@ JSON_DAMAGES = {
     ),
     "camera twice": (
         lambda raw: raw["frames"][1]["images"].append(raw["frames"][1]["images"][0]),
-        ("frames: f1: needs an image, and one a camera",),
+        ("frames: f1: two images of one camera",),
     ),
-    "no image": (lambda raw: raw["frames"][1].update(images=[]), ("frames: f1: needs an image",)),
+    "nothing": (
+        lambda raw: raw["frames"][1].update(images=[], points=None),
+        ("frames: f1: has neither points nor images",),
+    ),
+    "labels of no points": (
+        lambda raw: raw["frames"][1].update(points=None, point_instance="a.npy"),
+        ("frames: f1: has point_instance and no points",),
+    ),
+    "classes without names": (
+        lambda raw: raw["frames"][1].update(point_class="a.npy"),
+        ("frames: f1: has classes, so class_names is needed",),
+    ),
+    "a box in no camera": (
+        lambda raw: raw["frames"][1].update(
+            boxes=[
+                {"name": "a", "center": [1, 2, 3], "size": [1, 1, 1], "yaw": 0, "image_boxes": {"top": [0, 0, 1, 1]}}
+            ]
+        ),
+        ("frames: f1: a box has image_boxes of 'top'",),
+    ),
     "no way to the camera": (
         lambda raw: raw["cameras"][2].pop("camera_from_lidar"),
         ("frames: f0: front_right has neither",),
@@ -385,3 +406,129 @@ def test_the_check_finds_nothing_wrong_with_made_frames(made, untouched):
     first = check_frame(reader, 0)
     assert [camera.name for camera in first.cameras] == [camera.name for camera in made[0].cameras]
     assert all(camera.offset == 0 and 0 < camera.seen < 1 for camera in first.cameras)
+
+
+# Ground truth
+
+
+def write_labelled(root: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """A rig of one frame with every kind of ground truth, and its arrays by kind."""
+    rng = np.random.default_rng(0)
+    drive = root / "drive"
+    drive.mkdir(parents=True)
+    points = rng.uniform([3, -4, -2, 0], [20, 4, 2, 1], (50, 4)).astype("<f4")
+    truth = {
+        "depth": rng.integers(0, 80 * 256, (12, 20)).astype(np.uint16),
+        "pixel_class": rng.choice([0, 1, 255], (12, 20)).astype(np.uint8),
+        "pixel_instance": rng.integers(0, 4000, (12, 20)).astype(np.uint16),
+        "point_class": rng.choice([0, 1, 255], 50).astype(np.uint8),
+        "point_instance": rng.integers(0, 70_000, 50).astype("<i4"),
+    }
+    points.tofile(drive / "scan.bin")
+    Image.fromarray(rng.integers(0, 255, (12, 20, 3), dtype=np.uint8)).save(drive / "image.png")
+    for kind, values in truth.items():
+        if kind.startswith("point"):
+            values.tofile(drive / f"{kind}.bin")
+        else:
+            Image.fromarray(values).save(drive / f"{kind}.png")
+    box = {"name": "car", "center": [9, 0, 0], "size": [4, 2, 1.5], "yaw": 0.3}
+    known = {"velocity": [1, 2], "attribute": "moving", "id": "a", "difficulty": 2, "num_points": 3}
+    image = {"camera": "front", "file": "image.png"}
+    frame = {"id": "0", "points": "scan.bin", "boxes": [box | known | {"image_boxes": {"front": [1, 2, 3, 4]}}, box]}
+    frame |= {kind: f"{kind}.bin" for kind in truth if kind.startswith("point")}
+    frame |= {"images": [image | {kind: f"{kind}.png" for kind in truth if not kind.startswith("point")}]}
+    camera = {"name": "front", "image_size": [12, 20], "image_from_camera": [[15, 0, 9.5], [0, 15, 5.5], [0, 0, 1]]}
+    camera["camera_from_lidar"] = [[0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]]
+    sequence = {"version": 1, "cameras": [camera], "frames": [frame], "class_names": ["car", "road"]}
+    (drive / "sequence.json").write_text(json.dumps(sequence))
+    return sequence, truth
+
+
+def test_ground_truth_is_read_as_it_was_written(tmp_path):
+    _, truth = write_labelled(tmp_path)
+    reader = open_custom(tmp_path)
+    frame, camera = reader[0], reader[0].cameras[0]
+    assert reader.gives == EVERYTHING.truth
+    assert reader.class_names == ("car", "road")
+    assert np.array_equal(camera.depth, (truth["depth"] / 256).astype(np.float32))
+    assert [camera.depth.dtype, camera.pixel_class.dtype, camera.pixel_instance.dtype] == [
+        np.float32,
+        np.uint8,
+        np.int32,
+    ]
+    assert np.array_equal(camera.pixel_class, truth["pixel_class"])
+    assert np.array_equal(camera.pixel_instance, truth["pixel_instance"])
+    assert np.array_equal(frame.point_class, truth["point_class"])
+    assert np.array_equal(frame.point_instance, truth["point_instance"])
+    boxes = frame.boxes
+    assert (boxes.attributes, boxes.ids, boxes.difficulty, boxes.num_points) == (("moving", ""), None, None, None)
+    np.testing.assert_array_equal(boxes.velocity, [[1, 2], [np.nan, np.nan]])
+    np.testing.assert_array_equal(boxes.image_boxes["front"], [[1, 2, 3, 4], [np.nan] * 4])
+    cut = open_custom(tmp_path, point_range=[5, -3, -3, 15, 3, 3], frustum=True)[0]
+    rows = [row for row, point in enumerate(frame.points) if point.tobytes() in {p.tobytes() for p in cut.points}]
+    assert 0 < len(rows) < 50
+    assert np.array_equal(cut.point_class, truth["point_class"][rows])
+    assert np.array_equal(cut.point_instance, truth["point_instance"][rows])
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "words"),
+    [
+        ("point_class.bin", np.zeros(49, np.uint8), "holds 49 labels, and the scan 50 points"),
+        ("point_class.bin", np.full(50, 2, np.uint8), r"holds the class 2, and class_names has 2 names \(0 to 1; 255"),
+        ("point_instance.bin", np.full(50, -1, "<i4"), "point_instance holds numbers from -1 to 0"),
+        ("pixel_class.png", np.full((12, 20), 9, np.uint8), "holds the class 9"),
+        ("depth.png", np.zeros((12, 19), np.uint16), "is 12 x 19, and sequence.json says the image is 12 x 20"),
+        ("depth.png", np.zeros((12, 20, 3), np.uint8), "must be a greyscale image"),
+        ("depth.png", None, "is not an image"),
+    ],
+)
+def test_wrong_ground_truth_is_one_clear_line(file, values, words, tmp_path):
+    write_labelled(tmp_path)
+    path = tmp_path / "drive" / file
+    if values is None:
+        path.write_bytes(b"nonsense")
+    elif path.suffix == ".bin":
+        values.tofile(path)
+    else:
+        Image.fromarray(values).save(path)
+    with pytest.raises(BadFrameError, match=words) as error:
+        open_custom(tmp_path)[0]
+    assert file in str(error.value)
+    assert "\n" not in str(error.value)
+    assert open_custom(tmp_path, Wants())[0].point_class is None, "nobody looks at it in pre-training"
+
+
+@pytest.mark.parametrize(("values", "words"), [(np.ones((12, 20), int), "floats"), (np.full((12, 20), np.nan), "NaN")])
+def test_depth_as_an_array_is_metres(values, words, tmp_path):
+    sequence, _ = write_labelled(tmp_path)
+    sequence["frames"][0]["images"][0]["depth"] = "depth.npy"
+    (tmp_path / "drive" / "sequence.json").write_text(json.dumps(sequence))
+    metres = np.linspace(0, 80, 240).reshape(12, 20)
+    np.save(tmp_path / "drive" / "depth.npy", metres)
+    assert np.array_equal(open_custom(tmp_path)[0].cameras[0].depth, metres.astype(np.float32))
+    np.save(tmp_path / "drive" / "depth.npy", values)
+    with pytest.raises(BadFrameError, match=words):
+        open_custom(tmp_path)[0]
+
+
+def test_images_alone_and_points_alone_are_data_sets(tmp_path):
+    """Without scan and boxes the calibration to the lidar is not needed; frames that lack what is wanted are left out."""
+    sequence, _ = write_labelled(tmp_path)
+    path = tmp_path / "drive" / "sequence.json"
+    image_only = {"id": "1", "images": [{"camera": "front", "file": "image.png"}]}
+    point_only = {"id": "2", "points": "scan.bin"}
+    path.write_text(json.dumps({**sequence, "frames": [*sequence["frames"], image_only, point_only]}))
+    assert open_custom(tmp_path).frame_ids == ("drive/0",)
+    assert open_custom(tmp_path, Wants(points=False)).frame_ids == ("drive/0", "drive/1")
+    assert open_custom(tmp_path, Wants(images=False)).frame_ids == ("drive/0", "drive/2")
+    path.write_text(json.dumps({"version": 1, "frames": [point_only]}))
+    assert open_custom(tmp_path, Wants(images=False))[0].cameras == ()
+    with pytest.raises(UserError, match=r"data\.cameras: no frame has an image of any camera, which is needed"):
+        open_custom(tmp_path, Wants())
+    camera = {key: value for key, value in sequence["cameras"][0].items() if key != "camera_from_lidar"}
+    path.write_text(json.dumps({"version": 1, "cameras": [camera], "frames": [image_only]}))
+    (read,) = open_custom(tmp_path, Wants(points=False))[0].cameras
+    assert read.camera_from_lidar[:3, :3].tolist() == [[0, -1, 0], [0, 0, -1], [1, 0, 0]]
+    with pytest.raises(UserError, match="no frame has points, which are needed"):
+        open_custom(tmp_path, Wants())

@@ -21,9 +21,7 @@ from simipu3d.encoders.image import ImageEncoder, ImageEncoderConfig
 from simipu3d.errors import UserError
 from simipu3d.heads.depth import Depth
 from simipu3d.heads.depth.decoder import DenseDecoder, default_channels
-from simipu3d.heads.depth.evaluation import crop_mask, scored_pixels
 from simipu3d.heads.depth.loss import sig_loss
-from simipu3d.metrics.depth import depth_errors
 
 SMALL = {
     "image_encoder": {"name": "resnet18", "model_args": {"channels": [8, 12, 16, 20]}},
@@ -153,38 +151,25 @@ def test_no_truth_and_one_pixel_and_a_perfect_map_are_legal():
 # ----------------------------------------------------------------------------------------------------- what is scored
 
 
-def test_windows_by_hand():
-    """Garg on the 352 x 1216 crop: rows 143 to 348, columns 43 to 1171 (from the published code)."""
-    for crop, size, (top, bottom, left, right) in (
-        ("garg", (352, 1216), (143, 349, 43, 1172)),
-        ("eigen", (352, 1216), (117, 321, 43, 1172)),
-        ("nyu", (480, 640), (45, 471, 41, 601)),
-        ("none", (5, 7), (0, 5, 0, 7)),
-    ):
-        rows, columns = np.nonzero(crop_mask(size, crop))
-        assert (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1) == (top, bottom, left, right)
-        assert crop_mask(size, crop).sum() == (bottom - top) * (right - left)
+@pytest.mark.parametrize(("crop", "rows"), [("none", (0, 64)), ("garg", (26, 63)), ("eigen", (21, 58))])
+def test_only_truth_inside_the_window_and_the_range_is_scored(crop, rows):
+    """A prediction that is wrong everywhere else is scored as perfect."""
+    method = head(depth={"crop": crop, "cap": 50.0}).eval()
+    truth = np.full((64, 96), 20.0, dtype=np.float32)
+    inside = np.zeros((64, 96), dtype=bool)
+    inside[rows[0] : rows[1], 3:92] = True
+    if crop == "none":
+        inside[:] = True
+    truth[30:33, 40:44] = [[0.0], [50.0], [1e-3]]
+    wrong = np.where(inside & (truth == 20), truth, 77.0).astype(np.float32)
+    assert method._errors(wrong, truth)["abs_rel"] == 0
+    wrong[rows[0], 50] = 10.0
+    assert method._errors(wrong, truth)["abs_rel"] > 0
 
 
-def test_only_truth_inside_the_range_is_scored():
-    truth = np.array([[0, 1e-3, 0.5, 49.9, 50.0, 79.9, 80.0, 200.0]], dtype=np.float32)
-    assert scored_pixels(truth, "none", (1e-3, 80.0)).tolist() == [[False, False, True, True, True, True, False, False]]
-    assert scored_pixels(truth, "none", (1e-3, 50.0)).sum() == 2
-    method = head(depth={"cap": 50.0})
-    assert method.config.depth.scored_range == (1e-3, 50.0)
-
-
-def test_numbers_of_a_map_by_hand():
-    errors = depth_errors([2.0, 10.0], [1.0, 20.0])
-    assert errors["abs_rel"] == pytest.approx((1 + 0.5) / 2)
-    assert errors["sq_rel"] == pytest.approx((1 + 5) / 2)
-    assert errors["rmse"] == pytest.approx(math.sqrt((1 + 100) / 2))
-    assert errors["rmse_log"] == pytest.approx(math.log(2))
-    assert errors["log10"] == pytest.approx(math.log10(2))
-    assert errors["silog"] == pytest.approx(100 * math.log(2))
-    assert errors["d1"] == errors["d2"] == errors["d3"] == 0
-    perfect = depth_errors([3.0, 4.0], [3.0, 4.0])
-    assert [perfect[name] for name in ("abs_rel", "rmse", "silog", "d1")] == [0, 0, 0, 1]
+def test_the_window_of_nyu_is_refused_for_other_images():
+    with pytest.raises(UserError, match=r"depth\.crop: crop nyu is for maps of 480 x 640"):
+        head(depth={"crop": "nyu"}).eval().predict(depth_batch([1]))
 
 
 def test_the_score_is_the_mean_over_images_that_have_truth():
@@ -243,9 +228,9 @@ def test_predictions_stay_inside_the_range(scale_up):
 def test_written_files_hold_what_was_predicted(tmp_path):
     method = head().eval()
     records = method.predict(depth_batch([1, 2]))
-    records[0]["frame_id"] = "/drive/../7"
+    records[0]["frame_id"] = "drive/../7"
     method.write_predictions(records, tmp_path)
-    for record, name in zip(records, ("drive/7", records[1]["frame_id"]), strict=True):
+    for record, name in zip(records, ("drive_.._7", records[1]["frame_id"]), strict=True):
         for kind in ("depth", "truth"):
             with Image.open(tmp_path / kind / f"{name}.png") as image:
                 assert image.mode.startswith("I")

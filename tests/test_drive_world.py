@@ -15,8 +15,8 @@ from simipu3d.data.drive_world import DriveWorld, DriveWorldConfig, raycast, sen
 from simipu3d.data.drive_world.materials import CLASS_NAMES, SKY
 from simipu3d.data.drive_world.scene import build_scene
 from simipu3d.errors import UserError
-from simipu3d.geometry.boxes import points_in_boxes
 from simipu3d.geometry.camera import project_points
+from simipu3d.ops.rotated_iou import points_in_boxes
 from simipu3d.registry import READERS
 
 EXACT = {"cache": False, "range_noise": 0.0, "dropout": 0.0}

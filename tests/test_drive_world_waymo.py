@@ -17,8 +17,8 @@ from simipu3d.data.drive_world import raycast
 from simipu3d.data.drive_world.render import scan_rays
 from simipu3d.data.drive_world.scene import build_scene
 from simipu3d.data.readers.waymo_moment import CAMERA_NAMES, LASER_NAMES
-from simipu3d.geometry.boxes import points_in_boxes
 from simipu3d.geometry.camera import project_points
+from simipu3d.ops.rotated_iou import points_in_boxes
 
 SMALL = WaymoRigSettings(image_width=96, top_size=(16, 120), side_size=(12, 48))
 FAST = replace(SMALL, speed=12.0, rolling_shutter_s=0.044)

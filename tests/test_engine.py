@@ -13,18 +13,20 @@ import torch
 import yaml
 from helpers import BLOCKS
 
-from simipu3d.engine.callbacks import MetricsFile, average_over_processes
+from simipu3d.engine.metrics import average
+from simipu3d.engine.metrics_file import MetricsFile
 from simipu3d.engine.pretrain import pretrain
-from simipu3d.engine.run import read_checkpoint
 from simipu3d.errors import UserError
 from simipu3d.tools.pretrain import main
+from simipu3d.weights.files import read_checkpoint
 
 STEPS = 10
 DRIVER = """
 import os, signal, sys, torch
 torch.set_num_threads(1)
 import simipu3d.engine.run as run
-from simipu3d.engine.pretrain import TrainingModule, pretrain
+from simipu3d.engine.module import TrainingModule
+from simipu3d.engine.pretrain import pretrain
 
 how, count, cfg, out, *sets = sys.argv[1:]
 calls = 0
@@ -75,11 +77,11 @@ def cfg(tmp_path_factory):
         "azimuth_step_deg": 2.0,
         "batch_size": 2,
         "num_workers": 0,
-        "augment": {"num_points": 64, "images": {"resize": None, "brightness": 0.2}},
     }
     raw = {
         "method": "simipu",
         "data": data,
+        "augment": {"points": {"num_points": 64}, "images": {"brightness": 0.2}},
         **BLOCKS,
         "schedule": {"name": "exponential", "gamma": 0.5},
         "trainer": {"max_steps": STEPS, "accelerator": "cpu", "log_every_n_steps": 1},
@@ -303,9 +305,19 @@ def test_two_processes_run_and_log_once(cfg, tmp_path):
 def test_processes_are_averaged_by_their_rows():
     """A process without rows has a loss of 0 that means nothing; a maximum is one over all."""
     names = ["intra_loss", "intra_rows", "matched_distance_max", "num_tokens"]
-    values = torch.tensor([[2.0, 30.0, 1.0, 10.0], [5.0, 10.0, 7.0, 20.0], [0.0, 0.0, 0.0, 0.0]])
-    expected = torch.tensor([(2.0 * 30 + 5.0 * 10) / 40, 40 / 3, 7.0, 10.0])
-    torch.testing.assert_close(average_over_processes(names, values), expected)
+    values = [[2.0, 30.0, 1.0, 10.0], [5.0, 10.0, 7.0, 20.0], [0.0, 0.0, 0.0, 0.0]]
+    found = average([(dict(zip(names, own, strict=True)), 4) for own in values])
+    assert found == pytest.approx(
+        dict(zip(names, [(2.0 * 30 + 5.0 * 10) / 40, 40 / 3, 7.0, 10.0], strict=True)), rel=1e-6
+    )
+
+
+def test_batches_of_other_sizes_count_by_their_frames():
+    """What is no mean over rows is one over frames; a number that only some batches have is one over those."""
+    parts = [({"loss": 1.0, "angle": 3.0, "rows": 6.0}, 3), ({"loss": 5.0}, 1), ({"loss": 9.0, "angle": 7.0}, 0)]
+    assert average(parts) == pytest.approx({"loss": 2.0, "angle": 3.0, "rows": 6.0})
+    assert average([({"a_loss": 0.0, "a_rows": 0.0}, 2)]) == {"a_loss": 0.0, "a_rows": 0.0}
+    assert average([]) == {}
 
 
 def test_metrics_file_cuts_later_rows_and_takes_new_columns(tmp_path):

@@ -49,10 +49,10 @@ def test_swin_says_which_stage_the_target_computes_otherwise(tmp_path):
 
 SWIN_FAULTS = {
     "order of merged channels": ("unfold_order", lambda value: value),
-    "stage of the merging": ("to_mmdet", lambda name: ORIGINAL_SWIN(name).replace("stages.0.down", "stages.1.down")),
+    "stage of the merging": ("swin_mmdet", lambda name: ORIGINAL_SWIN(name).replace("stages.0.down", "stages.1.down")),
     "colours": None,
 }
-ORIGINAL_SWIN = swin.to_mmdet
+ORIGINAL_SWIN = swin.swin_mmdet
 
 
 @pytest.mark.parametrize("fault", SWIN_FAULTS)

@@ -15,6 +15,7 @@ from simipu3d.engine.finetune import finetune, followed_input
 from simipu3d.engine.pretrain import pretrain
 from simipu3d.engine.settings import load_settings
 from simipu3d.errors import UserError
+from simipu3d.metrics.files.depth import score
 from simipu3d.tools import evaluate as evaluate_tool
 
 CFG = "configs/depth/drive_world.yaml"
@@ -31,6 +32,19 @@ TINY = [
     "trainer.check_val_every_n_epoch=1",
     "run.keep_every_epochs=1",
 ]
+
+PAIRS = """
+method: depth
+data: {{name: depth_list, root: {root}, split_file: {split_file}, crop: kb, batch_size: 2, num_workers: 0}}
+augment: {{images: {{resize: factor, resize_factor: [0.25, 0.25], flip_probability: 0.0}}}}
+image_encoder: {{name: resnet18, model_args: {{channels: [32, 64, 128, 256]}}}}
+depth: {{channels: [32, 32, 64, 96, 128], flip_test: false}}
+optim: {{image: {{lr: 2e-3}}, head: {{lr: 2e-3}}}}
+schedule: {{name: cosine, warmup_steps: 10}}
+validate: {{data: {{batch_size: 2}}, metric: abs_rel}}
+trainer: {{max_epochs: 300, check_val_every_n_epoch: 50, gradient_clip_val: 35.0}}
+run: {{keep_every_epochs: null}}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +93,10 @@ def test_predictions_are_drawn_and_written_for_every_held_out_frame(run, tmp_pat
     assert evaluate_tool.main(arguments) == 0
     assert "abs rel" in capsys.readouterr().out
     for kind in ("depth", "truth", "pictures"):
-        assert len(list((tmp_path / kind).rglob("*.png"))) == 6
+        assert len(list((tmp_path / kind).glob("*.png"))) == 6
+    ((_, numbers),) = evaluate(CFG, [out / "checkpoints" / "last.ckpt"], sets)
+    from_files = score(tmp_path / "truth", tmp_path / "depth").values["mean"]
+    assert from_files["abs_rel"] == pytest.approx(numbers["abs_rel"], rel=1e-2)  # a PNG knows 4 mm
 
 
 def test_another_network_or_method_is_refused_in_one_line(run, tmp_path):
@@ -115,20 +132,11 @@ def test_two_real_kitti_pairs_are_overfitted(samples, tmp_path):
     """At a quarter of their size, AbsRel under 0.02."""
     names = ("0000000005", "0000000050")
     (tmp_path / "list.txt").write_text("".join(f"image/{n}.png groundtruth_depth/{n}.png 707.0493\n" for n in names))
-    sets = [
-        f"data={{name: depth_list, root: {samples / 'kitti_depth'}, split_file: {tmp_path / 'list.txt'}, crop: kb}}",
-        "data.batch_size=2",
-        "data.num_workers=0",
-        "validate.data={batch_size: 2}",
-        "augment.images={resize: factor, resize_factor: [0.25, 0.25], flip_probability: 0.0}",
-        "depth.flip_test=false",
-        "schedule={name: cosine, warmup_steps: 10}",
-        "trainer.max_epochs=300",
-        "trainer.check_val_every_n_epoch=300",
-        "run.keep_every_epochs=300",
-    ]
-    out = finetune(CFG, sets, out=tmp_path / "run", init="scratch")
-    ((_, numbers),) = evaluate(CFG, [out / "checkpoints" / "last.ckpt"], sets)
+    (tmp_path / "pairs.yaml").write_text(
+        PAIRS.format(root=samples / "kitti_depth", split_file=tmp_path / "list.txt"), encoding="utf-8"
+    )
+    out = finetune(tmp_path / "pairs.yaml", out=tmp_path / "run", init="scratch")
+    ((_, numbers),) = evaluate(tmp_path / "pairs.yaml", [out / "checkpoints" / "last.ckpt"])
     assert numbers["abs_rel"] < 0.02
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from simipu3d.geometry.boxes import BOX_EDGES, box_corners, points_in_boxes
+from simipu3d.geometry.boxes import BOX_EDGES, box_corners
 from simipu3d.geometry.camera import (
     crop_matrix,
     distort,
@@ -24,6 +24,7 @@ from simipu3d.geometry.transforms import (
     transform_points_each,
     translation,
 )
+from simipu3d.ops.rotated_iou import points_in_boxes
 
 IMAGE_SIZE = (370, 1224)
 CAMERA_AXES = torch.tensor([[0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]], dtype=torch.float64)

@@ -287,7 +287,7 @@ def spoil(weights, how):
     elif how == "deeper":
         state["layer3.5.conv1.weight"] = torch.zeros(24, 24, 3, 3)
     elif how == "twice":
-        state = {f"{side}.{name}": value for side in ("student", "teacher") for name, value in weights.items()}
+        state = {f"{side}.{name}": value for side in ("left", "right") for name, value in weights.items()}
     elif how == "nothing":
         state = {"pts_backbone.a": torch.zeros(3)}
     elif how == "nan":
@@ -302,9 +302,9 @@ def spoil(weights, how):
     [
         ("missing", r"missing: layer4\.1\.bn2\.running_var"),
         ("shape", r"another shape.*layer2\.0\.conv1\.weight"),
-        ("deeper", "another architecture or depth"),
-        ("twice", "2 times, under 'student.', 'teacher.'"),
-        ("nothing", "belongs to this backbone"),
+        ("deeper", r"another network there: deeper, by layer3\.5"),
+        ("twice", "2 times, under 'left.', 'right.'"),
+        ("nothing", "this network finds 0 of 60 trainable tensors"),
         ("nan", "NaN"),
         ("no tensors", "no named tensors"),
     ],

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from simipu3d.contrast.heads import ProjectionHead
 from simipu3d.contrast.info_nce import chance, info_nce
@@ -108,3 +109,19 @@ def test_every_head_parameter_gets_a_gradient():
     head = ProjectionHead(8, 4)
     (head(torch.randn(16, 8)) * torch.randn(16, 4)).sum().backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in head.layer1.parameters())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_key_on_the_querys_own_point_is_no_negative_of_it(seed):
+    """Against a slow loop, with points that several rows share across the two sides."""
+    generator = torch.Generator().manual_seed(seed)
+    query, key = torch.randn(2, 12, 6, generator=generator, dtype=torch.float64).float()
+    own, others = torch.randint(-1, 5, (2, 12), generator=generator)
+    result = info_nce(query, key, 0.2, cross_ids=(own, others))
+    similarity = F.normalize(query, dim=1) @ F.normalize(key, dim=1).T / 0.2
+    losses = []
+    for row in range(12):
+        kept = [j for j in range(12) if j == row or own[row] < 0 or own[row] != others[j]]
+        losses.append(torch.logsumexp(similarity[row, kept], 0) - similarity[row, row])
+    torch.testing.assert_close(result.loss, torch.stack(losses).mean())
+    assert float(result.loss) != pytest.approx(float(info_nce(query, key, 0.2).loss))

@@ -12,8 +12,6 @@ from torch import nn
 
 from simipu3d.compat import import_timm, import_torchvision
 from simipu3d.contracts.batch import PointView
-from simipu3d.engine.init_weights import load_weights
-from simipu3d.engine.run import RUN_KEYS
 from simipu3d.errors import UserError
 from simipu3d.export.image import verify
 from simipu3d.export.image.write import export_image
@@ -28,6 +26,8 @@ from simipu3d.export.peers.voxel import (
 from simipu3d.export.points import verify as verify_points
 from simipu3d.export.points.write import export_points
 from simipu3d.methods.simipu import SimIPU
+from simipu3d.weights.files import RUN_KEYS
+from simipu3d.weights.load import load_weights
 
 RESNET = {"name": "resnet18"}
 RELEASED = {"bn_eps": 1e-3, "input": "caffe_bgr"}
@@ -111,7 +111,7 @@ def test_moco_gives_its_query_encoder(tmp_path):
     assert "used: image_encoder.conv1.weight from module.encoder_q.conv1.weight" in lines
     assert "not used: module.queue" in lines
     assert "not used: module.encoder_k.conv1.weight" in lines
-    assert any(line.startswith("left as drawn: point_encoder.") for line in lines)
+    assert any(line.startswith("keeps its random initialisation: point_encoder.") for line in lines)
 
 
 @pytest.mark.parametrize("image", [RESNET, RESNET | RELEASED])
@@ -226,7 +226,7 @@ def test_pointnet_there_and_back(tmp_path, block, target):
 
 def test_the_table_counts_every_branch(tmp_path, caplog):
     torch.save({"state_dict": under("module.encoder_q.", resnet().state_dict())}, tmp_path / "x.pth")
-    with caplog.at_level(logging.DEBUG, "simipu3d.engine.init_weights"):
+    with caplog.at_level(logging.DEBUG, "simipu3d.weights.load"):
         lines = load_weights(method_of(), tmp_path / "x.pth")
     table = next(record.getMessage() for record in caplog.records if "found as" in record.getMessage())
     rows = [row.split() for row in table.splitlines()[2:]]
@@ -239,16 +239,26 @@ def test_the_table_counts_every_branch(tmp_path, caplog):
     assert sum(record.levelno == logging.DEBUG for record in caplog.records) == len(lines)
 
 
-def test_a_tensor_of_another_shape_is_named_and_stays_as_drawn(tmp_path):
+def test_a_tensor_of_another_shape_is_refused_or_named(tmp_path):
+    state = resnet().state_dict()
+    state["layer2.0.conv1.weight"] = torch.zeros(128, 64, 5, 5)
+    torch.save(state, tmp_path / "x.pth")
+    method = method_of()
+    shapes = "(128, 64, 5, 5) in the file, (128, 64, 3, 3) here"
+    assert f"1 tensors have another shape, first layer2.0.conv1.weight: {shapes}" in refused(tmp_path / "x.pth", method)
+    before = method.image_encoder.trunk.layer2[0].conv1.weight.clone()
+    lines = load_weights(method, tmp_path / "x.pth", partial=True)
+    assert torch.equal(method.image_encoder.trunk.layer2[0].conv1.weight, before)
+    assert f"keeps its random initialisation, another shape: image_encoder.layer2.0.conv1.weight: {shapes}" in lines
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_no_random_first_layer_under_trained_ones(tmp_path, partial):
     state = resnet().state_dict()
     state["conv1.weight"] = torch.zeros(64, 4, 7, 7)
     torch.save(state, tmp_path / "x.pth")
-    method = method_of()
-    before = method.image_encoder.trunk.conv1.weight.clone()
-    lines = load_weights(method, tmp_path / "x.pth")
-    assert torch.equal(method.image_encoder.trunk.conv1.weight, before)
-    wanted = "left as drawn, another shape: image_encoder.conv1.weight: (64, 4, 7, 7) in the file, (64, 3, 7, 7) here"
-    assert wanted in lines
+    with pytest.raises(UserError, match=r"first layer conv1\.weight is \(64, 4, 7, 7\) in the file"):
+        load_weights(method_of(), tmp_path / "x.pth", partial=partial)
 
 
 # ------------------------------------------------------------------------------------------------------- bad input
@@ -298,7 +308,7 @@ def test_a_file_of_which_nothing_fits_is_refused(tmp_path):
     torch.save({"weight": torch.zeros(3), "conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "x.pth")
     message = refused(tmp_path / "x.pth")
     assert "nothing in it fits" in message
-    assert "image_encoder 1 of 120" in message
+    assert "image_encoder 1 of 60 trainable tensors" in message
     torch.save({"epoch": 3}, tmp_path / "x.pth")
     assert "holds no named tensors" in refused(tmp_path / "x.pth")
 
@@ -436,5 +446,5 @@ def test_a_run_with_another_point_encoder_gives_its_image_branch(tmp_path, caplo
     lines = load_weights(method, tmp_path / "x.ckpt")
     assert all(torch.equal(value, drawn[name]) for name, value in method.point_encoder.state_dict().items())
     assert torch.equal(method.image_encoder.trunk.conv1.weight, source.image_encoder.trunk.conv1.weight)
-    assert "left as drawn: point_encoder.conv_input.0.weight" in lines
-    assert "another network there: voxel_res_backbone8x; it stays as drawn" in caplog.text
+    assert "keeps its random initialisation: point_encoder.conv_input.0.weight" in lines
+    assert "another network there: voxel_res_backbone8x; it keeps its random initialisation" in caplog.text

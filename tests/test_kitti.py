@@ -14,8 +14,9 @@ from simipu3d.data.readers.files import read_float_rows
 from simipu3d.data.readers.kitti import KittiReader
 from simipu3d.data.readers.kitti_labels import CameraBoxes, difficulty, read_labels, to_camera, to_lidar, wrap_angle
 from simipu3d.errors import BadFrameError, UserError
-from simipu3d.geometry.boxes import box_corners, points_in_boxes
+from simipu3d.geometry.boxes import box_corners
 from simipu3d.geometry.camera import project_points
+from simipu3d.ops.rotated_iou import points_in_boxes
 from simipu3d.registry import READERS
 
 CALIB = """P0: 700 0 300 0 0 700 100 0 0 0 1 0
@@ -149,7 +150,7 @@ def test_missing_folders_are_named(root, tmp_path):
         open_kitti(root, split="all")
     with pytest.raises(UserError, match=r"data\.root: this key is needed"):
         parse_part("data", READERS, {"name": "kitti"})
-    with pytest.raises(UserError, match=r"split_file"):
+    with pytest.raises(UserError, match="split_file: split all reads no list"):
         open_kitti(root, split="all", split_file=tmp_path / "x.txt")
 
 

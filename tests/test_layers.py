@@ -16,6 +16,7 @@ FLOORS = {
     "simipu3d.engine": 6,
     "simipu3d.methods": 5,
     "simipu3d.heads": 5,
+    "simipu3d.metrics.files": 5,
     "simipu3d.data": 4,
     "simipu3d.encoders": 4,
     "simipu3d.metrics": 4,

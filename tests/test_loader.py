@@ -1,6 +1,8 @@
 """Laws of the loading: batches depend on (seed, epoch, rank) alone, not on workers, neighbours or interruptions."""
 
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
@@ -8,11 +10,21 @@ import torch
 
 from simipu3d.config import parse_part
 from simipu3d.contracts.batch import move_tensors
-from simipu3d.contracts.frame import Camera, Frame
-from simipu3d.data.config import AugmentConfig, DataConfig, ImageAugmentConfig
-from simipu3d.data.loading.collate import NoSample, collate
-from simipu3d.data.loading.loader import BadFrameLimit, PairDataset, check_seen, make_loader
-from simipu3d.data.loading.order import EpochSampler, epoch_order
+from simipu3d.contracts.frame import Boxes, Camera, Frame, FrameReader
+from simipu3d.contracts.method import Needs
+from simipu3d.data.config import AugmentConfig, DataConfig, ImageAugmentConfig, PointAugmentConfig
+from simipu3d.data.loading.collate import Collate, NoSample
+from simipu3d.data.loading.evaluation import make_evaluation_loader
+from simipu3d.data.loading.loader import (
+    Augments,
+    BadFrameLimit,
+    SampleDataset,
+    check_seen,
+    example_batch,
+    make_loader,
+    wants_of,
+)
+from simipu3d.data.loading.order import EpochSampler, EvaluationSampler, epoch_order
 from simipu3d.errors import BadFrameError, UserError
 from simipu3d.registry import READERS
 
@@ -20,11 +32,10 @@ IMAGE_FROM_CAMERA = np.array([[60, 0, 40, 3], [0, 60, 20, 0.2], [0, 0, 1, 0.003]
 CAMERA_FROM_LIDAR = np.array([[0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]], dtype=np.float64)
 
 
-class ToyReader:
-    """Made-up frames: sizes differ, points lie ahead; some frames can be declared bad."""
+class ToyReader(FrameReader):
+    """Synthetic frames: sizes differ, points lie ahead; some frames can be declared bad. Frame i has i % 3 boxes."""
 
-    class_names = ()
-    point_columns = ("x", "y", "z", "intensity")
+    gives = frozenset({"boxes", "pixel_class", "point_class", "point_instance"})
 
     def __init__(self, num_frames: int, bad: tuple[int, ...] = (), num_cameras: int = 1):
         self.num_frames, self.bad, self.num_cameras = num_frames, bad, num_cameras
@@ -47,22 +58,39 @@ class ToyReader:
             )
             for number in range(self.num_cameras)
         )
-        return Frame(points.astype(np.float32), self.point_columns, cameras, frame_id=f"{index:03d}")
+        labels = [replace(camera, pixel_class=camera.image[..., 0] % 9) for camera in cameras]
+        number = index % 3
+        boxes = Boxes(
+            rng.normal(size=(number, 3)), rng.uniform(1, 4, (number, 3)), rng.normal(size=number), ["Car"] * number
+        )
+        return Frame(
+            points.astype(np.float32),
+            self.point_columns,
+            tuple(labels),
+            frame_id=f"{index:03d}",
+            boxes=boxes,
+            point_class=rng.integers(0, 9, len(points), dtype=np.uint8),
+            point_instance=rng.integers(0, 5, len(points), dtype=np.int32),
+        )
 
 
 AUGMENT = AugmentConfig(
-    num_points=70, images=ImageAugmentConfig(long_edge=(60, 140), short_edge=(30, 90), hue=0.2, pad_multiple=16)
+    points=PointAugmentConfig(num_points=70),
+    images=ImageAugmentConfig(resize="long_short", long_edge=(60, 140), short_edge=(30, 90), hue=0.2, pad_multiple=16),
 )
+TWO_AND_ONE = Needs(point_views=2, image_views=1)
+LABELLED = Needs(2, 2, truth=("boxes", "depth", "pixel_class", "point_class", "point_instance"))
+collate = Collate(TWO_AND_ONE, 4)
 
 
 def toy_config(**keys) -> DataConfig:
-    return DataConfig(**{"name": "toy", "batch_size": 3, "num_workers": 0, "augment": AUGMENT, **keys})
+    return DataConfig(**{"name": "toy", "batch_size": 3, "num_workers": 0, **keys})
 
 
 def same(first, second) -> bool:
-    """Are two records equal bit for bit, tensors, tuples and dataclasses alike?"""
+    """Are two records equal bit for bit, tensors, tuples and dataclasses alike? Unknown is unknown."""
     if isinstance(first, torch.Tensor):
-        return first.dtype == second.dtype and torch.equal(first, second)
+        return first.dtype == second.dtype and torch.equal(first.nan_to_num(-1), second.nan_to_num(-1))
     if isinstance(first, tuple):
         return len(first) == len(second) and all(map(same, first, second))
     if is_dataclass(first):
@@ -70,8 +98,8 @@ def same(first, second) -> bool:
     return first == second
 
 
-def load(reader, config, *, epochs=1, seed=7, rank=0, world_size=1, start=None):
-    loader = make_loader(config, seed, rank, world_size, reader=reader)
+def load(reader, config, *, needs=TWO_AND_ONE, epochs=1, seed=7, rank=0, world_size=1, start=None):
+    loader = make_loader(config, AUGMENT, needs, seed, rank, world_size, reader=reader)
     if start is not None:
         loader.batch_sampler.start(*start)
     return [list(loader) for _ in range(epochs)]
@@ -120,8 +148,8 @@ def test_frames_come_in_the_order_of_the_epoch():
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(workers):
-    alone = load(ToyReader(14, num_cameras=2), toy_config(), epochs=3)
-    helped = load(ToyReader(14, num_cameras=2), toy_config(num_workers=workers), epochs=3)
+    alone = load(ToyReader(14, num_cameras=2), toy_config(), needs=LABELLED, epochs=3)
+    helped = load(ToyReader(14, num_cameras=2), toy_config(num_workers=workers), needs=LABELLED, epochs=3)
     assert len(alone[0]) == 4
     assert same(tuple(map(tuple, alone)), tuple(map(tuple, helped)))
     assert not same(alone[0][0], alone[1][0])
@@ -144,7 +172,7 @@ def test_loading_goes_on_at_any_batch(workers, batch):
 
 def test_stopping_early_does_not_shift_the_next_epoch():
     """What was fetched ahead but not consumed does not count."""
-    loader = make_loader(toy_config(num_workers=2), 7, reader=ToyReader(14))
+    loader = make_loader(toy_config(num_workers=2), AUGMENT, TWO_AND_ONE, 7, reader=ToyReader(14))
     whole = load(ToyReader(14), toy_config(), epochs=2)
     first = iter(loader)
     assert same(next(first), whole[0][0])
@@ -176,54 +204,122 @@ def test_frozen_draws_repeat_epoch_0_in_every_epoch():
 
 
 def test_a_batch_of_different_sizes_holds_what_its_frames_hold_one_by_one():
-    dataset = PairDataset(ToyReader(6, num_cameras=2), toy_config(), seed=0)
-    samples = [dataset[0, position] for position in range(6)]
-    batch = collate(samples)
-    assert len({tuple(size) for size in batch.images.image_size.tolist()}) > 6
-    assert batch.images.images.shape[2] % 16 == batch.images.images.shape[3] % 16 == 0
-    for frame, sample in enumerate(samples):
-        single = collate([sample])
-        for view, own in zip(batch.views, single.views, strict=True):
-            rows = view.batch_index == frame
-            assert torch.equal(view.points[rows], own.points)
-            assert torch.equal(view.source_index[rows], own.source_index)
-            assert torch.equal(view.augmented_from_lidar[frame], own.augmented_from_lidar[0])
-        for camera in range(2):
-            row, images = 2 * frame + camera, batch.images
-            assert images.batch_index[row] == frame
-            assert images.camera_index[row] == camera
-            height, width = images.image_size[row].tolist()
-            assert torch.equal(images.images[row, :, :height, :width], single.images.images[camera, :, :height, :width])
-            assert images.images[row, :, :height, :width].amin() >= 0
-            assert int(images.images[row, :, height:].sum() + images.images[row, :, :, width:].sum()) == 0
-            assert (images.own_padded_size[row] == -(-images.image_size[row] // 16) * 16).all()
-            for name in ("own_padded_size", "augmented_from_image", "distortion", "raw_size", "image_from_camera"):
-                assert torch.equal(getattr(images, name)[row], getattr(single.images, name)[camera]), name
+    dataset = SampleDataset(ToyReader(6, num_cameras=2), toy_config(), AUGMENT, LABELLED, seed=0)
+    samples, pack = [dataset[0, position] for position in range(6)], Collate(LABELLED, 4)
+    batch = pack(samples)
+    assert len(batch.views) == len(batch.images) == 2
     assert batch.frame_ids == tuple(sample.frame_id for sample in samples)
-    assert (batch.images.distortion[1::2, 0] == 0.01).all()
+    for frame, sample in enumerate(samples):
+        single = pack([sample])
+        check_points(batch, single, frame)
+        check_images(batch, single, frame)
+        check_boxes(batch.truth.boxes, single.truth.boxes, frame)
+    assert sorted(batch.truth.boxes.batch_index.tolist()) == batch.truth.boxes.batch_index.tolist()
+    assert len(batch.truth.boxes) == len(batch.truth.boxes.names) == 6
+
+
+def check_points(batch, single, frame):
+    for number, (view, own) in enumerate(zip(batch.views, single.views, strict=True)):
+        rows = view.batch_index == frame
+        assert torch.equal(view.points[rows], own.points)
+        assert torch.equal(view.source_index[rows], own.source_index)
+        assert torch.equal(view.augmented_from_lidar[frame], own.augmented_from_lidar[0])
+        for kind in ("point_class", "point_instance"):
+            assert torch.equal(getattr(batch.truth, kind)[number][rows], getattr(single.truth, kind)[number])
+
+
+def check_images(batch, single, frame):
+    for (number, images), camera in product(enumerate(batch.images), range(2)):
+        assert len({tuple(size) for size in images.image_size.tolist()}) > 6
+        assert images.images.shape[2] % 16 == images.images.shape[3] % 16 == 0
+        row, alone = 2 * frame + camera, single.images[number]
+        assert images.batch_index[row] == frame
+        assert images.camera_index[row] == camera
+        height, width = images.image_size[row].tolist()
+        assert torch.equal(images.images[row, :, :height, :width], alone.images[camera, :, :height, :width])
+        assert int(images.images[row, :, height:].sum() + images.images[row, :, :, width:].sum()) == 0
+        assert (images.own_padded_size[row] == -(-images.image_size[row] // 16) * 16).all()
+        for name in ("own_padded_size", "augmented_from_image", "distortion", "raw_size", "image_from_camera"):
+            assert torch.equal(getattr(images, name)[row], getattr(alone, name)[camera]), name
+        assert images.distortion[row, 0] == 0.01 * camera
+        for kind, padding in (("depth", 0), ("pixel_class", 255)):
+            maps, own = getattr(batch.truth, kind)[number], getattr(single.truth, kind)[number]
+            assert maps.shape == (len(images.images), *images.images.shape[2:])
+            assert torch.equal(maps[row, :height, :width], own[camera, :height, :width])
+            assert (maps[row, height:] == padding).all()
+            assert (maps[row, :, width:] == padding).all()
+            assert (maps[row, :height, :width] != padding).any()
+
+
+def check_boxes(boxes, own, frame):
+    rows = boxes.batch_index == frame
+    for name in ("center", "size", "yaw", "source_index", "num_points", "difficulty"):
+        assert torch.equal(getattr(boxes, name)[rows], getattr(own, name)), name
+    assert torch.equal(boxes.velocity[rows].isnan(), own.velocity.isnan())
+
+
+POSSIBLE = [(), ("boxes",), ("depth", "pixel_class", "pixel_instance"), ("point_class", "point_instance", "boxes")]
+
+
+@pytest.mark.parametrize("truth", POSSIBLE)
+@pytest.mark.parametrize("views", list(product((0, 1, 2), (0, 1, 2))))
+def test_an_empty_batch_has_the_fields_of_a_full_one(views, truth):
+    """Types and trailing shapes of everything, whatever is needed; points have the data set's number of columns."""
+    needs = Needs(*views, truth=truth)
+    frame = ToyReader(3)[2]
+    camera = replace(frame.cameras[0], pixel_instance=np.zeros(frame.cameras[0].image.shape[:2], np.int32))
+    frame = replace(frame, cameras=(camera,), points=np.repeat(frame.points, 2, axis=1)[:, :6])
+    reader = ToyReader(3)
+    full = example_batch(reader, frame, toy_config(), AUGMENT, needs, 2)
+    empty = Collate(needs, 6)([])
+    assert empty.num_frames == 0
+    assert (empty.truth is None) == (truth == ())
+    compared = compare_layout(empty, full)
+    assert compared == 4 * views[0] + 10 * views[1] + sum(
+        {"boxes": 8}.get(kind, views[0] if kind.startswith("point") else views[1]) for kind in truth
+    )
+
+
+def compare_layout(empty, full) -> int:
+    """Compare two records field by field; how many tensors there were."""
+    if isinstance(empty, torch.Tensor):
+        assert empty.dtype == full.dtype
+        assert empty.dim() == full.dim()
+        assert len(empty) == 0
+        if empty.dim() == 2:
+            assert empty.shape[1] == full.shape[1]
+        return 1
+    if is_dataclass(empty):
+        return sum(compare_layout(getattr(empty, f.name), getattr(full, f.name)) for f in fields(empty))
+    if isinstance(empty, tuple) and empty and not isinstance(empty[0], str):
+        return sum(compare_layout(one, other) for one, other in zip(empty, full, strict=True))
+    return 0
 
 
 def test_frames_without_cameras_make_a_batch_without_images():
-    batch = load(ToyReader(3, num_cameras=0), toy_config())[0][0]
+    batch = load(ToyReader(3, num_cameras=0), toy_config(), needs=Needs(point_views=2))[0][0]
     assert batch.num_frames == 3
-    assert len(batch.images.images) == len(batch.images.image_size) == len(batch.images.batch_index) == 0
-    assert batch.images.augmented_from_image.shape == (0, 3, 3)
+    assert batch.images == ()
+    with_images = load(ToyReader(3, num_cameras=0), toy_config(), needs=Needs(image_views=1))[0][0]
+    assert with_images.bad_frames[0].startswith(
+        f"frame {epoch_order(7, 0, 3)[0]:03d}: has no image, which the method needs"
+    )
 
 
 def test_a_batch_moves_between_devices_and_types():
     batch = load(ToyReader(3), toy_config())[0][0]
     assert same(move_tensors(batch, "cpu"), batch)
     meta = batch.to("meta")
-    assert meta.images.images.device.type == meta.views[1].source_index.device.type == "meta"
+    assert meta.images[0].images.device.type == meta.views[1].source_index.device.type == "meta"
 
 
 def test_too_few_frames_for_one_step_are_refused_in_one_line():
     with pytest.raises(UserError, match=r"data\.batch_size: one step takes 3 frames, .* has 2; lower") as error:
-        make_loader(toy_config(), 0, reader=ToyReader(2))
+        make_loader(toy_config(), AUGMENT, TWO_AND_ONE, 0, reader=ToyReader(2))
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="3 x 2 processes"):
-        make_loader(toy_config(), 0, rank=1, world_size=2, reader=ToyReader(5))
-    make_loader(toy_config(), 0, rank=1, world_size=2, reader=ToyReader(6))
+        make_loader(toy_config(), AUGMENT, TWO_AND_ONE, 0, rank=1, world_size=2, reader=ToyReader(5))
+    make_loader(toy_config(), AUGMENT, TWO_AND_ONE, 0, rank=1, world_size=2, reader=ToyReader(6))
 
 
 # Bad frames
@@ -241,7 +337,7 @@ def test_a_bad_frame_stops_the_run_with_its_own_words(workers):
 
 def test_a_batch_of_bad_frames_only_is_empty_but_sound():
     batch = collate([NoSample(("a",)), NoSample(("b", "c"))])
-    assert batch.num_frames == len(batch.views[0].points) == len(batch.images.images) == 0
+    assert batch.num_frames == len(batch.views[0].points) == len(batch.images[0].images) == 0
     assert batch.bad_frames == ("a", "b", "c")
 
 
@@ -301,6 +397,111 @@ def test_a_scan_that_no_camera_sees_is_a_bad_frame():
     check_seen(Frame(behind.points, frame.point_columns, (), "no cameras"))
 
 
+def test_frames_that_no_camera_sees_are_fine_where_points_and_images_never_meet():
+    class Behind(ToyReader):
+        def __getitem__(self, index):
+            frame = super().__getitem__(index)
+            return replace(frame, points=frame.points * np.array([-1, 1, 1, 1], np.float32))
+
+    for needs in (Needs(2), Needs(0, 1), Needs(0, 2, truth=("pixel_class",))):
+        assert load(Behind(3), toy_config(), needs=needs)[0][0].bad_frames == ()
+    for needs in (Needs(1, 1), Needs(0, 1, truth=("depth",))):
+        assert "no camera sees any" in load(Behind(3), toy_config(), needs=needs)[0][0].bad_frames[0]
+
+
+# Needs
+
+
+def test_a_reader_is_asked_for_what_is_needed():
+    assert wants_of(Needs(2, 1)).truth == frozenset()
+    one = wants_of(Needs(image_views=2))
+    assert (one.points, one.images) == (False, True)
+    two = wants_of(Needs(point_views=1, truth=("point_class",)))
+    assert (two.points, two.images, two.truth) == (True, False, {"point_class"})
+    assert wants_of(Needs(image_views=1, truth=("depth",))).points, "they make the depth where there is no map"
+
+
+@pytest.mark.parametrize(
+    ("needs", "words"),
+    [
+        (Needs(0, 1, truth=("pixel_instance", "boxes")), "has no pixel_instance, which"),
+        (Needs(2, frames=2), "has no samples of 2 scans, which"),
+    ],
+)
+@pytest.mark.parametrize("make", [partial(make_loader, seed=0), make_evaluation_loader])
+def test_needs_that_a_data_set_cannot_meet_are_refused_in_one_line(needs, words, make):
+    with pytest.raises(UserError, match=f"data.name: toy, split train, {words}") as error:
+        make(toy_config(), AUGMENT, needs, reader=ToyReader(6))
+    assert "\n" not in str(error.value)
+
+
+def test_a_reader_changes_the_augmentation_of_single_frames():
+    class Own(ToyReader):
+        def augment_of(self, index):
+            return {"points": {"num_points": 10 + index, "scale_centre": [1, 2, 3]}} if index % 2 else {}
+
+    class RangedConfig(DataConfig):
+        point_range: tuple[float, float, float, float, float, float] = (0.0, -40.0, -3.0, 70.4, 40.0, 1.0)
+
+    augments = Augments(Own(4), RangedConfig(name="toy"), AUGMENT)
+    assert augments.of(0) == AUGMENT.model_copy(update={"points": AUGMENT.points.centred((0, -40, -3, 70.4, 40, 1))})
+    assert augments.of(3).points.num_points == 13
+    assert augments.of(3).points.scale_centre == (1.0, 2.0, 3.0)
+    assert augments.of(3).points.rotation_centre == (35.2, 0.0, -1.0)
+    assert augments.of(3).images == AUGMENT.images
+    for batch in load(Own(6), toy_config(batch_size=1))[0]:
+        index = int(batch.frame_ids[0])
+        assert len(batch.views[1].points) == (10 + index if index % 2 else 70)
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("num_frames", [1, 4, 13, 15])
+def test_the_batches_of_one_process_are_dealt_out_whole(num_frames, world_size):
+    alone = list(EvaluationSampler(num_frames, 3))
+    assert [index for batch in alone for index in batch] == list(range(num_frames))
+    ranks = [list(EvaluationSampler(num_frames, 3, rank, world_size)) for rank in range(world_size)]
+    assert len({len(own) for own in ranks}) == 1, "all ranks take the same number of steps"
+    assert all(len(own) == len(EvaluationSampler(num_frames, 3, 0, world_size)) for own in ranks)
+    dealt = [batch for step in zip(*ranks, strict=True) for batch in step]
+    assert dealt[: len(alone)] == alone
+    assert not any(dealt[len(alone) :])
+
+
+def evaluate(reader, config, needs=LABELLED, **keys):
+    return list(make_evaluation_loader(config, AUGMENT, needs, reader=reader, **keys))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_evaluation_depends_on_neither_workers_nor_processes_nor_the_pass(workers):
+    reader, config = ToyReader(7, num_cameras=2), toy_config(batch_size=2, num_workers=workers)
+    alone = evaluate(reader, toy_config(batch_size=2))
+    loader = make_evaluation_loader(config, AUGMENT, LABELLED, reader=reader)
+    assert [name for batch in alone for name in batch.frame_ids] == [f"{index:03d}" for index in range(7)]
+    for _ in range(2):
+        assert all(same(one, other) for one, other in zip(loader, alone, strict=True))
+    shared = [evaluate(reader, config, rank=rank, world_size=3) for rank in range(3)]
+    dealt = [batch for step in zip(*shared, strict=True) for batch in step]
+    assert all(same(one, other) for one, other in zip(dealt, alone, strict=False))
+    assert [batch.num_frames for batch in dealt] == [2, 2, 2, 1, 0, 0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_frame_ends_an_evaluation_with_its_own_words(workers):
+    config = toy_config(num_workers=workers, on_bad_frame="skip")
+    with pytest.raises(BadFrameError) as error:
+        evaluate(ToyReader(9, bad=(4,)), config)
+    assert str(error.value) == "toy/004.bin: the file is empty; set data.on_bad_frame=skip"
+
+
+def test_an_evaluation_may_be_smaller_than_a_batch_but_not_empty():
+    assert [batch.num_frames for batch in evaluate(ToyReader(1), toy_config())] == [1]
+    with pytest.raises(UserError, match="split train of toy has no frames to evaluate on"):
+        evaluate(ToyReader(0), toy_config())
+
+
 def test_busy_thread_pools_in_the_parent_do_not_block_the_workers():
     """Workers are forked; threads that torch has started by then must not matter to them."""
     threads = torch.get_num_threads()
@@ -316,10 +517,10 @@ def test_busy_thread_pools_in_the_parent_do_not_block_the_workers():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_real_frames_make_a_batch(samples, workers):
     block = {"name": "kitti", "root": str(samples / "kitti"), "split": "paper", "batch_size": 2, "num_workers": workers}
-    batches = list(make_loader(parse_part("data", READERS, block), seed=0))
+    batches = list(make_loader(parse_part("data", READERS, block), AugmentConfig(), TWO_AND_ONE, seed=0))
     assert len(batches) == 2
     for batch in batches:
         assert batch.bad_frames == ()
         assert [int(count) for count in torch.bincount(batch.views[0].batch_index)] == [16384, 16384]
         assert not torch.equal(batch.views[0].source_index, batch.views[1].source_index)
-        assert batch.images.images.dtype == torch.uint8
+        assert batch.images[0].images.dtype == torch.uint8

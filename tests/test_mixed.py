@@ -1,15 +1,21 @@
 """Laws of mixed data sets: weights hold in every epoch, and every frame of a set comes as often as the others."""
 
 from collections import Counter
+from typing import get_args
 
 import numpy as np
 import pytest
+from test_kitti import write_frame
 
 from simipu3d.benchmark.synthetic_waymo.drive import WaymoDrive
 from simipu3d.benchmark.synthetic_waymo.files import write_waymo_v2
 from simipu3d.benchmark.synthetic_waymo.rig import WaymoRigSettings
 from simipu3d.config import parse_part, to_plain
-from simipu3d.data.loading.loader import augment_of, build_reader, make_loader
+from simipu3d.contracts.frame import FrameReader, TruthKind
+from simipu3d.contracts.method import Needs
+from simipu3d.data.config import AugmentConfig, DataConfig, ImageAugmentConfig, PointAugmentConfig
+from simipu3d.data.loading.loader import build_reader, make_loader
+from simipu3d.data.readers.mixed import MixedSet, _join_classes
 from simipu3d.data.shards.frames import PrepareConfig
 from simipu3d.data.shards.writer import prepare_shards
 from simipu3d.engine.settings import load_settings
@@ -94,15 +100,18 @@ def test_the_sets_are_mixed_throughout_an_epoch(root):
     assert 10 < first_half.sum() < 30
 
 
-def loader_of(reader, config, **keys):
-    return make_loader(config, 3, reader=reader, **keys)
+NEEDS = Needs(point_views=2, image_views=1)
+FEW = AugmentConfig(points=PointAugmentConfig(num_points=20), images=ImageAugmentConfig(resize=None))
+
+
+def loader_of(reader, config, augment=FEW, **keys):
+    return make_loader(config, augment, NEEDS, 3, reader=reader, **keys)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ranks_workers_and_restarts_change_nothing(workers, root):
     sets = [street(9, weight=3.0, root=root), street(7, root=root, seed=1)]
-    augment = {"num_points": 20, "images": {"resize": None}}
-    config = parse(*sets, batch_size=2, num_workers=workers, augment=augment)
+    config = parse(*sets, batch_size=2, num_workers=workers)
     reader = build_reader(config)
     loader = loader_of(reader, config)
     whole = [[batch.frame_ids for batch in loader] for _ in range(2)]
@@ -119,8 +128,7 @@ def test_ranks_workers_and_restarts_change_nothing(workers, root):
 
 def test_a_frame_that_comes_again_in_an_epoch_is_drawn_anew(root):
     """A set of two frames with nine tenths of the weight."""
-    augment = {"num_points": 20, "images": {"resize": None}}
-    config = parse(street(2, weight=9.0, root=root), street(8, root=root, seed=1), batch_size=1, augment=augment)
+    config = parse(street(2, weight=9.0, root=root), street(8, root=root, seed=1), batch_size=1)
     config = config.model_copy(update={"num_workers": 0})
     views = {}
     for batch in loader_of(build_reader(config), config):
@@ -162,14 +170,15 @@ def test_real_kitti_and_nuscenes_make_one_batch(samples, root):
             "split": "all",
             "features": ["ring", "intensity"],
             "weight": 0.5,
-            "augment": {"num_points": 500, "images": {"resize_factor": [0.25, 0.25]}},
+            "augment": {"points": {"num_points": 500}, "images": {"resize_factor": [0.25, 0.25]}},
         },
         batch_size=6,
         num_workers=0,
         on_bad_frame="skip",
         max_bad_fraction=1.0,
-        augment={"num_points": 300, "images": {"resize": "factor", "resize_factor": [0.5, 0.5]}},
     )
+    half = ImageAugmentConfig(resize="factor", resize_factor=(0.5, 0.5))
+    augment = AugmentConfig(points=PointAugmentConfig(num_points=300), images=half)
     reader = build_reader(config)
     assert reader.point_columns == ("x", "y", "z", "intensity")
     assert reader[5].points.shape[1] == 4
@@ -178,14 +187,15 @@ def test_real_kitti_and_nuscenes_make_one_batch(samples, root):
     assert names[0] == "kitti:training/000000"
     assert names[5].startswith("nuscenes:")
     assert reader[5].sequence_id.startswith("nuscenes:scene-")
-    batch = next(iter(loader_of(reader, config)))
+    batch = next(iter(loader_of(reader, config, augment)))
+    (images,) = batch.images
     assert batch.bad_frames == ()
     for frame, name in enumerate(batch.frame_ids):
         points = int((batch.views[0].batch_index == frame).sum())
-        own = batch.images.batch_index == frame
+        own = images.batch_index == frame
         if name.startswith("nuscenes:"):
             assert points == 500
-            assert batch.images.image_size[own].tolist() == [[225, 400]] * 6
+            assert images.image_size[own].tolist() == [[225, 400]] * 6
         else:
             assert points == 300
             assert int(own.sum()) == 1
@@ -199,7 +209,7 @@ def test_the_shipped_configuration_mixes_kitti_nuscenes_and_waymo(samples, tmp_p
     places = [f"data.sets.0.root={samples / 'kitti'}", f"data.sets.1.root={samples / 'nuscenes'}"]
     places += [f"data.sets.2.root={tmp_path / 'waymo'}", "data.sets.2.split=all", "data.sets.2.load_interval=1"]
     small = ["data.sets.1.version=v1.0-mini", "data.sets.1.split=all", "data.max_bad_fraction=1.0"]
-    small += ["data.on_bad_frame=skip", "data.num_workers=0", "data.batch_size=1", "data.augment.num_points=512"]
+    small += ["data.on_bad_frame=skip", "data.num_workers=0", "data.batch_size=1"]
     config = load_settings("configs/simipu/mixed.yaml", [*places, *small]).data
     reader = build_reader(config)
     assert reader.point_columns == ("x", "y", "z", "intensity")
@@ -207,8 +217,8 @@ def test_the_shipped_configuration_mixes_kitti_nuscenes_and_waymo(samples, tmp_p
     found = {}
     for batch in loader_of(reader, config):
         assert batch.bad_frames == ()
-        assert len(batch.views[0].points) == 512
-        found.setdefault(batch.frame_ids[0].partition(":")[0], set()).add(tuple(batch.images.camera_names))
+        assert len(batch.views[0].points) == 20
+        found.setdefault(batch.frame_ids[0].partition(":")[0], set()).add(tuple(batch.images[0].camera_names))
     assert set(found) == {"kitti", "nuscenes", "waymo"}
     assert (found["kitti"], found["waymo"]) == ({("image_2",)}, {("FRONT",)})
 
@@ -224,37 +234,73 @@ def test_sets_of_one_kind_have_different_names(root):
         reader[-1]
 
 
-def test_classes_are_kept_where_all_sets_agree(root, samples):
-    streets = open_streets(root, (2, 1.0), (2, 1.0))
-    assert streets.class_names == streets.readers[0].class_names
-    assert streets[0].point_class is not None
-    mixed = build_reader(parse(street(2, root=root), {"name": "kitti", "root": str(samples / "kitti"), "split": "all"}))
-    assert mixed.class_names == ()
+def test_classes_are_joined_by_name(root):
+    """Every pixel, point and box keeps its class, by whatever number and name the mixture has for it."""
+    theirs = {"car": "vehicle", "van": "vehicle", "sky": "nothing", "Car": "vehicle"}
+    reader = build_reader(parse(street(2, root=root), street(2, root=root, seed=1, classes=theirs)))
+    own = reader.readers[0].class_names
+    assert reader.class_names == (*own, "nothing", "vehicle")
+    for index, names in ((1, {}), (3, theirs)):
+        mixed, alone = reader[index], reader.readers[index // 2][index % 2]
+        expected = [names.get(own[number], own[number]) for number in alone.point_class]
+        assert [reader.class_names[number] for number in mixed.point_class] == expected
+        pixels = [names.get(own[number], own[number]) for number in alone.cameras[0].pixel_class.flat]
+        assert [reader.class_names[number] for number in mixed.cameras[0].pixel_class.flat] == pixels
+        assert mixed.boxes.names == tuple(names.get(name, name) for name in alone.boxes.names)
+        assert mixed.point_class.dtype == mixed.cameras[0].pixel_class.dtype == np.uint8
+
+
+def test_a_set_without_classes_leaves_those_of_others(root, tmp_path):
+    write_frame(tmp_path, "training/000000")
+    kitti = {"name": "kitti", "root": str(tmp_path), "split": "all"}
+    mixed = build_reader(parse(kitti, street(2, root=root)))
+    assert mixed.class_names == mixed.readers[1].class_names
     assert mixed[0].point_class is None
-    assert mixed[0].cameras[0].pixel_class is None
-    assert mixed[0].cameras[0].depth is not None
+    assert np.array_equal(mixed[1].point_class, mixed.readers[1][0].point_class)
+    assert mixed.gives == set(get_args(TruthKind))
+    assert mixed.frame_ids == ("kitti:training/000000", "drive_world:train-000000", "drive_world:train-000001")
+    with pytest.raises(UserError, match=r"data\.sets\.0\.classes: acme has no class 'cra'; it has car, unknown"):
+        _join_classes([MixedSet.model_construct(classes={"cra": "car"}, data=DataConfig(name="acme"))], [Labelled()])
+    unlabelled = _join_classes([MixedSet.model_construct(classes={}, data=DataConfig(name="acme"))], [Labelled()])[1][0]
+    assert unlabelled[[0, 1, 2, 255]].tolist() == [0, 1, 255, 255], "what has no name is unlabelled"
 
 
-def test_augmentation_of_a_set_is_a_change_of_the_common_one(root):
-    config = parse(
-        street(2, root=root, augment={"scale": [1.0, 1.0], "images": {"hue": 0.1}}),
-        street(2, root=root),
-        augment={"num_points": 7, "images": {"hue": 0.3, "brightness": 0.2}},
-    )
-    reader = build_reader(config)
-    own, common = (augment_of(reader, config, index) for index in (1, 2))
-    assert (own.scale, own.num_points, own.images.hue, own.images.brightness) == ((1.0, 1.0), 7, 0.1, 0.2)
-    assert common == config.augment
+class Labelled(FrameReader):
+    """A data set with classes and without boxes."""
+
+    class_names = ("car", "unknown")
+    gives = frozenset({"point_class"})
+
+
+def test_augmentation_of_a_set_is_its_own_keys_and_the_middle_of_its_range(root):
+    own = {"points": {"scale": [1.0, 1.0]}, "images": {"hue": 0.1}}
+    ranged = {"point_range": [0, -20, -2, 40, 20, 4]}
+    sets = [street(1, root=root, augment=own), street(1, root=root), street(1, root=root, **ranged)]
+    sets += [street(1, root=root, augment={"points": {"scale_centre": [1, 2, 3]}}, **ranged)]
+    reader = build_reader(parse(*sets))
+    middle = [20.0, 0.0, 1.0]
+    assert [reader.augment_of(index) for index in range(5)] == [
+        own,
+        {},
+        {"points": {"rotation_centre": middle, "scale_centre": middle}},
+        {"points": {"rotation_centre": middle, "scale_centre": [1, 2, 3]}},
+        own,
+    ]
 
 
 # Configuration
 
 
 def test_the_resolved_block_is_read_back_to_itself(root):
-    config = parse(street(2, root=root, weight=2.0, augment={"num_points": 9}), street(3), batch_size=5)
+    config = parse(
+        street(2, root=root, weight=2.0, augment={"points": {"num_points": 9}}, classes={"car": "vehicle"}),
+        street(3),
+        batch_size=5,
+    )
     plain = to_plain(config)
     assert plain["sets"][0]["weight"] == 2.0
-    assert plain["sets"][0]["augment"] == {"num_points": 9}
+    assert plain["sets"][0]["augment"] == {"points": {"num_points": 9}}
+    assert [entry["classes"] for entry in plain["sets"]] == [{"car": "vehicle"}, {}]
     assert "batch_size" not in plain["sets"][0]
     assert to_plain(parse_part("data", READERS, plain)) == plain
 
@@ -270,8 +316,8 @@ def test_the_resolved_block_is_read_back_to_itself(root):
         (street(2, weight="2"), r"data\.sets\.0\.weight: "),
         (street(2, beems=3), r"data\.sets\.0\.beems: no such key; did you mean beams"),
         (
-            street(2, augment={"num_pionts": 3}),
-            r"data\.sets\.0\.augment\.num_pionts: no such key; did you mean num_points",
+            street(2, augment={"points": {"num_pionts": 3}}),
+            r"data\.sets\.0\.augment\.points\.num_pionts: no such key; did you mean num_points",
         ),
         (street(2, augment=3), r"data\.sets\.0\.augment: expected a block"),
         ({"name": "mixed", "sets": []}, r"data\.sets\.0\.name: this key chooses the data set; there are .*kitti"),

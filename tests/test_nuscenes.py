@@ -28,24 +28,25 @@ from nuscenes_drive import (
 from PIL import Image
 
 from simipu3d.config import parse_part
-from simipu3d.data.loading.loader import build_reader
+from simipu3d.contracts.frame import EVERYTHING, Wants
 from simipu3d.data.readers import nuscenes_rows
-from simipu3d.data.readers.nuscenes import CAMERAS
+from simipu3d.data.readers.nuscenes import CAMERAS, NuScenesReader
 from simipu3d.data.readers.nuscenes_boxes import read_annotations
 from simipu3d.data.readers.nuscenes_rows import read_rows
 from simipu3d.data.readers.nuscenes_splits import SPLITS
 from simipu3d.data.readers.nuscenes_tables import pose_matrix
 from simipu3d.engine.pretrain import pretrain
 from simipu3d.errors import BadFrameError, UserError
-from simipu3d.geometry.boxes import box_corners, points_in_boxes
+from simipu3d.geometry.boxes import box_corners
 from simipu3d.geometry.camera import project_points
+from simipu3d.ops.rotated_iou import points_in_boxes
 from simipu3d.registry import READERS
 
 
-def open_nuscenes(root: Path, **keys):
+def open_nuscenes(root: Path, wants: Wants = EVERYTHING, **keys):
     keys = {key: str(value) if isinstance(value, Path) else value for key, value in keys.items()}
     defaults = {"name": "nuscenes", "root": str(root), "version": "v1.0-mini", "split": "all"}
-    return build_reader(parse_part("data", READERS, {**defaults, **keys}))
+    return NuScenesReader(parse_part("data", READERS, {**defaults, **keys}), wants)
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +190,7 @@ def test_boxes_and_velocities(drive):
         boxes, time = reader[index].boxes, times(scene)[number]
         assert (boxes.names, boxes.attributes) == (("car",), ("vehicle.moving",))
         assert boxes.num_points.tolist() == [7 + number]
+        assert (boxes.visibility.tolist(), boxes.ids) == ([number + 1], (f"{SCENES[scene]}-i0",))
         x, y, z = back(lidar, back(ego_pose(time), object_at(time)))
         np.testing.assert_allclose(boxes.center, [[y, -x, z]], atol=1e-6)
         assert boxes.size.tolist() == [[4.5, 1.8, 1.5]]
@@ -198,7 +200,8 @@ def test_boxes_and_velocities(drive):
         np.testing.assert_allclose(boxes.velocity, [into_lidar(rotation, OBJECT_SPEED)[:2]], atol=1e-6)
     others = open_nuscenes(drive, keep_other_boxes=True)[1].boxes
     assert (others.names, others.attributes) == (("car", "animal"), ("vehicle.moving", ""))
-    assert open_nuscenes(drive, load_boxes=False)[0].boxes is None
+    assert (others.visibility.tolist(), others.ids[1]) == ([2, 0], f"{SCENES[0]}-i1")
+    assert open_nuscenes(drive, Wants())[0].boxes is None
 
 
 def edit(root: Path, table: str, change) -> None:

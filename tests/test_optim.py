@@ -4,12 +4,19 @@ import copy
 
 import pytest
 import torch
+from helpers import small_method
 from torch import nn
 
 from simipu3d.config import parse_part
-from simipu3d.engine.optim import CompositeOptimizer, OptimConfig, build_optimizer, parse_optim
+from simipu3d.engine.optim import CompositeOptimizer, build_optimizer, check_branches, parse_optim
 from simipu3d.errors import UserError
+from simipu3d.methods.simipu import SimIPU
 from simipu3d.registry import SCHEDULES
+
+
+def default(block=None):
+    """SimIPU's optimizers, with a block of a configuration over them."""
+    return parse_optim(block, SimIPU.OPTIM)
 
 
 def branches():
@@ -30,7 +37,7 @@ def step(modules, optimizer, seed):
 
 def test_the_composite_equals_separate_optimizers():
     together, apart = branches(), branches()
-    composite = build_optimizer(together, OptimConfig())
+    composite = build_optimizer(together, default())
     own = [
         torch.optim.AdamW(apart["points"].parameters(), 1e-3, betas=(0.95, 0.99), weight_decay=0),
         torch.optim.SGD(apart["image"].parameters(), 0.03, momentum=0.9),
@@ -53,13 +60,13 @@ def test_the_composite_equals_separate_optimizers():
 
 def test_state_survives_a_checkpoint():
     modules = branches()
-    optimizer = build_optimizer(modules, OptimConfig())
+    optimizer = build_optimizer(modules, default())
     for seed in range(3):
         step(modules, optimizer, seed)
     copies = branches()
     for a, b in zip(copies.values(), modules.values(), strict=True):
         a.load_state_dict(b.state_dict())
-    other = build_optimizer(copies, OptimConfig())
+    other = build_optimizer(copies, default())
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for seed in range(3, 6):
         step(modules, optimizer, seed)
@@ -70,14 +77,14 @@ def test_state_survives_a_checkpoint():
 def test_frozen_parameters_are_not_handed_over():
     modules = branches()
     modules["heads"].requires_grad_(False)
-    optimizer = build_optimizer(modules, OptimConfig())
+    optimizer = build_optimizer(modules, default())
     assert {group["branch"] for group in optimizer.param_groups} == {"points", "image"}
 
 
 def test_norms_and_biases_are_decayed_only_when_asked():
-    groups = build_optimizer(branches(), OptimConfig()).param_groups
+    groups = build_optimizer(branches(), default()).param_groups
     assert sorted({g["weight_decay"] for g in groups if g["branch"] == "image"}) == [0.0, 1e-4]
-    released = parse_optim({"image": {"name": "sgd", "decay_norm_and_bias": True}})
+    released = default({"image": {"name": "sgd", "decay_norm_and_bias": True}})
     groups = build_optimizer(branches(), released).param_groups
     assert {g["weight_decay"] for g in groups if g["branch"] == "image"} == {1e-4}
 
@@ -85,7 +92,7 @@ def test_norms_and_biases_are_decayed_only_when_asked():
 @pytest.mark.parametrize("name", ["constant", "exponential", "cosine", "onecycle", "milestones"])
 def test_schedules_move_every_group(name):
     block = {"name": name, **({"milestones": [2, 4]} if name == "milestones" else {})}
-    optimizer = build_optimizer(branches(), OptimConfig())
+    optimizer = build_optimizer(branches(), default())
     config = parse_part("schedule", SCHEDULES, block)
     scheduler, interval = SCHEDULES[name].target(optimizer, config, 10)
     assert interval in ("step", "epoch")
@@ -104,7 +111,7 @@ def test_schedules_move_every_group(name):
 
 
 def test_warm_up_rises():
-    optimizer = build_optimizer(branches(), OptimConfig())
+    optimizer = build_optimizer(branches(), default())
     scheduler, _ = SCHEDULES["cosine"].target(
         optimizer, parse_part("schedule", SCHEDULES, {"name": "cosine", "warmup_steps": 4}), 10
     )
@@ -123,7 +130,7 @@ def test_a_resumed_run_follows_the_curve_of_its_own_length(name):
     config = parse_part("schedule", SCHEDULES, {"name": name})
 
     def rates(num_steps, state, steps):
-        optimizer = build_optimizer(branches(), OptimConfig())
+        optimizer = build_optimizer(branches(), default())
         scheduler, _ = SCHEDULES[name].target(optimizer, config, num_steps)
         if state is not None:
             scheduler.load_state_dict(state)
@@ -141,7 +148,7 @@ def test_a_resumed_run_follows_the_curve_of_its_own_length(name):
 
 
 def test_a_short_run_warms_up_for_half_of_it_at_most():
-    optimizer = build_optimizer(branches(), OptimConfig())
+    optimizer = build_optimizer(branches(), default())
     config = parse_part("schedule", SCHEDULES, {"name": "cosine", "warmup_steps": 20})
     scheduler, _ = SCHEDULES["cosine"].target(optimizer, config, 4)
     rates = []
@@ -156,11 +163,44 @@ def test_a_short_run_warms_up_for_half_of_it_at_most():
     ("block", "words"),
     [
         ({"points": {"name": "adam"}}, "optim.points.name: no optimizer is called 'adam'"),
-        ({"point": {"name": "sgd"}}, "optim.point: no such key"),
         ({"points": {"name": "sgd", "betas": [0.9, 0.9]}}, "optim.points.betas: no such key"),
+        ({"scale_lr": "square"}, "optim.scale_lr"),
         ([1], "expected a block"),
     ],
 )
 def test_errors_name_the_key(block, words):
     with pytest.raises(UserError, match=words):
-        parse_optim(block)
+        default(block)
+
+
+def test_an_unknown_branch_is_named_with_those_there_are():
+    check_branches(small_method(), default({"image": {"lr": 0.1}}))
+    with pytest.raises(
+        UserError, match=r"optim\.point: the method has no such branch; there are points, heads, image$"
+    ):
+        check_branches(small_method(), default({"point": {"name": "sgd"}}))
+
+
+def test_a_branch_that_the_method_left_out_keeps_its_block():
+    """Without the inter-modal loss there is no image branch, and the same file still runs."""
+    method = small_method(contrast={"inter_weight": 0.0})
+    check_branches(method, default({"image": {"lr": 0.1}}))
+    assert {g["branch"] for g in build_optimizer(method.branches(), default()).param_groups} == {"points", "heads"}
+
+
+def test_a_branch_without_a_default_has_adamw():
+    config = parse_optim({"model": {"lr": 0.5}}, {})
+    (group,) = build_optimizer({"model": nn.Linear(2, 2, bias=False)}, config).param_groups
+    assert (group["lr"], group["betas"], group["branch"]) == (0.5, (0.95, 0.99), "model")
+    (group,) = build_optimizer({"model": nn.Linear(2, 2, bias=False)}, parse_optim(None, {})).param_groups
+    assert (group["lr"], group["weight_decay"]) == (1e-3, 0.01)
+
+
+@pytest.mark.parametrize(("rule", "factor"), [("none", 1.0), ("linear", 4.0), ("sqrt", 2.0)])
+def test_rates_follow_the_frames_of_a_step(rule, factor):
+    config = default({"scale_lr": rule, "reference_batch": 8, "points": {"lr": 0.25}})
+    assert config == default(config.to_plain())
+    rates = {g["branch"]: g["lr"] for g in build_optimizer(branches(), config, frames=32).param_groups}
+    assert rates == pytest.approx({"points": 0.25 * factor, "image": 0.03 * factor, "heads": 0.03 * factor})
+    as_written = {g["branch"]: g["lr"] for g in build_optimizer(branches(), config).param_groups}
+    assert as_written == {"points": 0.25, "image": 0.03, "heads": 0.03}

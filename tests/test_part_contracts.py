@@ -5,6 +5,7 @@ import torch
 
 import simipu3d.methods  # noqa: F401  (fills the registry of assignments)
 from simipu3d.config import PartConfig, parse_part
+from simipu3d.contracts.frame import FrameReader
 from simipu3d.contracts.tokens import PointTokens
 from simipu3d.data.config import DataConfig
 from simipu3d.data.loading.loader import build_reader
@@ -90,8 +91,9 @@ def test_a_reader_says_what_it_reads_before_it_is_opened(name):
     entry = READERS[name]
     assert tuple(entry.target.point_columns[:3]) == ("x", "y", "z")
     assert issubclass(entry.config, DataConfig)
-    for method in ("__len__", "__getitem__", "prepare"):
-        assert callable(getattr(entry.target, method)), method
+    assert issubclass(entry.target, FrameReader)
+    for method in ("__len__", "__getitem__"):
+        assert getattr(entry.target, method) is not getattr(FrameReader, method), method
 
 
 @READER
@@ -102,7 +104,6 @@ def test_a_reader_says_what_it_reads_before_it_is_opened(name):
         ({"batch_size": 0}, "data.batch_size"),
         ({"batch_size": "four"}, "data.batch_size"),
         ({"cameras": []}, "data.cameras"),
-        ({"augment": {"num_point": 3}}, r"data\.augment\.num_point: no such key; did you mean num_points"),
         ({"on_bad_frame": "ignore"}, r"data\.on_bad_frame"),
     ],
 )
@@ -146,11 +147,11 @@ def test_a_registry_refuses_what_could_not_be_built():
     with pytest.raises(ValueError, match="wheel 'round' is registered twice"):
         with_keys.register("round", config=Keys)(object)
     with pytest.raises(ValueError, match=r"wheel 'square' needs config="):
-        with_keys.register("square")
+        with_keys.register("square")(object)
     with pytest.raises(ValueError, match=r"wheel 'square' needs config="):
-        with_keys.register("square", config=Keys(name="square"))
+        with_keys.register("square", config=Keys(name="square"))(object)
     with pytest.raises(ValueError, match=r"rule 'iron' has no config="):
-        without.register("iron", config=Keys)
+        without.register("iron", config=Keys)(object)
     with pytest.raises(UserError, match="no rule is called 'iron'; there are golden"):
         without["iron"]
     assert len({registry.kind for registry in REGISTRIES}) == len(REGISTRIES)

@@ -19,12 +19,12 @@ from simipu3d.encoders.image import ImageEncoder, ImageEncoderConfig
 from simipu3d.engine import plugins
 from simipu3d.engine.plugins import load_plugins, require_plugins
 from simipu3d.engine.pretrain import build_method, pretrain
-from simipu3d.engine.run import read_checkpoint
 from simipu3d.engine.settings import load_data_config, load_settings, parse_settings
 from simipu3d.errors import UserError
 from simipu3d.registry import IMAGE_BACKBONES, POINT_ENCODERS, REGISTRIES
 from simipu3d.tools.export import main as export
 from simipu3d.tools.inspect_data import main as inspect_data
+from simipu3d.weights.files import read_checkpoint
 
 EXAMPLE = Path(__file__).parent / "example_plugin"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "plugins.md"

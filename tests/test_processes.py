@@ -13,7 +13,7 @@ import yaml
 from helpers import BLOCKS
 
 from simipu3d.contrast.info_nce import info_nce
-from simipu3d.engine.run import read_checkpoint
+from simipu3d.weights.files import read_checkpoint
 
 SIZES = [(5, 3), (4, 4), (5, 0)]
 
@@ -87,8 +87,8 @@ def kitti(samples, tmp_path):
             "root": str(root),
             "batch_size": 1,
             "num_workers": 0,
-            "augment": {"num_points": 256, "images": {"resize": "factor", "resize_factor": [0.1, 0.1]}},
         },
+        "augment": {"points": {"num_points": 256}, "images": {"resize": "factor", "resize_factor": [0.1, 0.1]}},
         **BLOCKS,
         "trainer": {"max_steps": 3, "accelerator": "cpu", "devices": 2, "log_every_n_steps": 1},
         "run": {"pictures_every_steps": 0},

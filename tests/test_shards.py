@@ -21,7 +21,7 @@ from shard_sets import SMALL, WORLD, contents, difference, open_shards, parse
 from simipu3d.benchmark.synthetic_waymo.drive import WaymoDrive
 from simipu3d.benchmark.synthetic_waymo.files import write_waymo_v1, write_waymo_v2
 from simipu3d.benchmark.synthetic_waymo.rig import WaymoRigSettings
-from simipu3d.contracts.frame import Boxes
+from simipu3d.contracts.frame import EVERYTHING, Boxes
 from simipu3d.data.loading.loader import build_reader
 from simipu3d.data.shards import store as shard_store
 from simipu3d.data.shards.frames import PrepareConfig, decode_frame, encode_frame
@@ -118,7 +118,13 @@ def full_frame(seed: int):
         attributes=tuple("" for _ in range(count)),
         num_points=rng.integers(0, 9, count),
         difficulty=None,
-        image_box=rng.normal(size=(count, 4)),
+        visibility=rng.integers(0, 5, count),
+        ids=tuple(f"object {number}" for number in range(count)),
+        truncation=rng.random(count),
+        occlusion=rng.integers(0, 4, count),
+        alpha=rng.normal(size=count),
+        image_boxes={"Rück.Kamera/1": rng.normal(size=(count, 4)), "points": np.full((count, 4), np.nan)},
+        ignored={"points": rng.normal(size=(3 - count, 4))},
     )
     camera = replace(frame.cameras[0], name="Rück.Kamera/1", distortion=rng.normal(size=5) * 1e-3)
     return replace(
@@ -140,7 +146,7 @@ def test_every_field_survives(seed):
     members = encode_frame(frame, PrepareConfig())
     assert len({suffix for suffix, _ in members}) == len(members)
     assert all(suffix == suffix.lower() and "/" not in suffix for suffix, _ in members)
-    assert difference(frame, decode_frame(dict(members), "here", None, True)) == []
+    assert difference(frame, decode_frame(dict(members), "here", None, EVERYTHING)) == []
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -148,7 +154,7 @@ def test_millimetres_are_right_to_half_a_millimetre(seed):
     frame = street(seed)
     frame.points[:, :3] *= 3
     members = dict(encode_frame(frame, PrepareConfig(points="int32_mm")))
-    back = decode_frame(members, "here", None, True).points
+    back = decode_frame(members, "here", None, EVERYTHING).points
     assert back.dtype == np.float32
     assert np.abs(back[:, :3].astype(np.float64) - frame.points[:, :3]).max() <= 0.0005 + 1e-5
     assert np.array_equal(back[:, 3:], frame.points[:, 3:])
@@ -160,7 +166,7 @@ def test_jpeg_has_the_stated_quality(world):
     sizes, tables = [], []
     for quality in (50, 92):
         members = dict(encode_frame(frame, PrepareConfig(images="jpeg", jpeg_quality=quality)))
-        back = decode_frame(members, "here", None, True)
+        back = decode_frame(members, "here", None, EVERYTHING)
         sizes.append(len(members["front.jpg"]))
         with Image.open(io.BytesIO(members["front.jpg"])) as image, io.BytesIO() as again:
             Image.fromarray(frame.cameras[0].image).save(again, "JPEG", quality=quality)

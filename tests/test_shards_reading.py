@@ -15,16 +15,21 @@ import yaml
 from helpers import BLOCKS
 from shard_sets import SMALL, contents, difference, open_shards, parse
 
+from simipu3d.contracts.frame import EVERYTHING, Wants
+from simipu3d.contracts.method import Needs
+from simipu3d.data.config import AugmentConfig, ImageAugmentConfig, PointAugmentConfig
 from simipu3d.data.loading.loader import BadFrameLimit, build_reader, make_loader
+from simipu3d.data.readers.base import TRUTH_KINDS
 from simipu3d.data.shards import store as shard_store
-from simipu3d.data.shards.format import FORMAT
+from simipu3d.data.shards.format import FORMAT, check_format, sealed
+from simipu3d.data.shards.frames import decode_frame, encode_frame
 from simipu3d.data.shards.store import LocalStore, RemoteStore, StoreError, open_store
 from simipu3d.data.shards.verify import verify_shards
 from simipu3d.data.shards.writer import prepare_shards
 from simipu3d.engine.pretrain import pretrain
-from simipu3d.engine.run import read_checkpoint
 from simipu3d.errors import BadFrameError, UserError
 from simipu3d.tools.prepare_data import main
+from simipu3d.weights.files import read_checkpoint
 
 pytest_plugins = ["shard_fixtures"]
 
@@ -115,9 +120,12 @@ def test_verification_passes_a_whole_set_and_names_every_damaged_shard(copy, cap
     assert contents(copy) == before, "verification writes nothing"
 
 
+NEEDS = Needs(point_views=2, image_views=1)
+FEW = AugmentConfig(points=PointAugmentConfig(num_points=60), images=ImageAugmentConfig(resize=None))
+
+
 def loader_config(url, **keys):
-    augment = {"num_points": 60, "images": {"resize": None}}
-    return parse(name="shards", root=str(url), **{"batch_size": 2, "num_workers": 0, "augment": augment, **keys})
+    return parse(name="shards", root=str(url), **{"batch_size": 2, "num_workers": 0, **keys})
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -126,13 +134,15 @@ def test_training_meets_a_flipped_bit_as_a_bad_frame(workers, copy):
     flip(copy / "shard-000001.tar", offset + 300)
     config = loader_config(copy, num_workers=workers)
     limit = BadFrameLimit(config, 11)
-    messages = [line for seed in range(3) for batch in make_loader(config, seed) for line in batch.bad_frames]
+    messages = [
+        line for seed in range(3) for batch in make_loader(config, FEW, NEEDS, seed) for line in batch.bad_frames
+    ]
     with pytest.raises(BadFrameError, match=rf"shard-000001\.tar: frame {frame_id}: points\.npy differs"):
         limit.add(messages)
     config = loader_config(copy, num_workers=workers, on_bad_frame="skip")
     limit, names = BadFrameLimit(config, 11), []
     for seed in range(3):
-        for batch in make_loader(config, seed):
+        for batch in make_loader(config, FEW, NEEDS, seed):
             limit.add(batch.bad_frames)
             names += batch.frame_ids
     assert frame_id not in names
@@ -156,7 +166,7 @@ def test_an_absent_set_and_a_newer_format_are_refused(copy, tmp_path):
         open_shards(tmp_path / "nowhere")
     text = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps({**text, "format": FORMAT + 1}))
-    with pytest.raises(UserError, match="is of format 2, this simipu3d reads format 1"):
+    with pytest.raises(UserError, match="is of format 3, this simipu3d reads format 1 and 2"):
         open_shards(copy)
     evil = {**text["shards"][0], "name": "../../secret.tar"}
     (copy / "manifest.json").write_text(json.dumps({**text, "shards": [evil, *text["shards"][1:]]}))
@@ -186,7 +196,7 @@ def test_chosen_cameras_and_no_ground_truth_read_less(whole, world, monkeypatch)
     turned = open_shards(whole, cameras=["front_left", "front"])[4]
     assert [camera.name for camera in turned.cameras] == ["front_left", "front"]
     read.clear()
-    bare = open_shards(whole, load_ground_truth=False)[4]
+    bare = open_shards(whole, Wants())[4]
     assert (bare.boxes, bare.point_class, bare.point_instance) == (None, None, None)
     assert all(camera.depth is None and camera.pixel_class is None for camera in bare.cameras)
     assert np.array_equal(bare.points, everything.points)
@@ -204,6 +214,39 @@ def test_handles_and_indexes_stay_few(whole, monkeypatch):
         reader[index]
     assert len(os.listdir("/proc/self/fd")) <= before + 2
     assert len(reader._indexes) == 2
+
+
+def test_a_set_of_format_1_is_read(copy, world):
+    """Its boxes stand in the frame's own JSON, with KITTI's 2D boxes, and its manifest does not say what it gives."""
+    frame = build_reader(world)[0]
+    box = np.arange(4.0 * len(frame.boxes)).reshape(-1, 4)
+    members = dict(encode_frame(frame, SMALL))
+    boxes = json.loads(members.pop("boxes.json")) | {"image_box": box.tolist(), "attributes": None}
+    members["json"] = json.dumps(json.loads(members["json"]) | {"boxes": boxes}).encode()
+    old = decode_frame(members, "here", None, EVERYTHING)
+    expected = replace(frame, boxes=replace(frame.boxes, image_boxes={"image_2": box}))
+    assert difference(expected, old) == []
+    assert decode_frame(members, "here", None, Wants()).boxes is None
+    text = json.loads((copy / "manifest.json").read_text()) | {"format": 1, "seal": ""}
+    assert sorted(text.pop("gives")) == sorted(open_shards(copy).gives) == sorted(TRUTH_KINDS)
+    (copy / "manifest.json").write_bytes(sealed(json.dumps(text).encode()))
+    assert open_shards(copy).gives == set(TRUTH_KINDS) - {"boxes"}, "of which the first frame has none in its JSON"
+    with pytest.raises(UserError, match="is of format 1, this simipu3d writes format 2"):
+        check_format(b'{"format": 1}', "prepare.json", [FORMAT])
+
+
+def test_range_and_frustum_cut_points_and_their_truth_alike(whole):
+    everything = open_shards(whole)[4]
+    cut = {"point_range": [5, -20, -5, 30, 20, 5], "frustum": True, "cameras": ["front"]}
+    frame = open_shards(whole, **cut)[4]
+    rows = {row.tobytes(): place for place, row in enumerate(everything.points)}
+    kept = [rows[row.tobytes()] for row in frame.points]
+    assert 0 < len(kept) < len(everything.points)
+    assert np.array_equal(frame.point_class, everything.point_class[kept])
+    assert np.array_equal(frame.point_instance, everything.point_instance[kept])
+    blind = open_shards(whole, Wants(images=False), **cut)[4]
+    assert np.array_equal(blind.points, frame.points)
+    assert blind.cameras == ()
 
 
 # Order
@@ -230,7 +273,7 @@ def test_an_epoch_goes_through_few_shards_at_a_time(whole):
 
 
 def frames_seen(config, *, rank=0, world_size=1, seed=3, start=(0, 0), epochs=2):
-    loader = make_loader(config, seed, rank, world_size)
+    loader = make_loader(config, FEW, NEEDS, seed, rank, world_size)
     loader.batch_sampler.start(*start)
     return [[batch.frame_ids for batch in loader] for _ in range(epochs)]
 
@@ -339,7 +382,7 @@ def server(whole):
 
 def test_shards_are_read_over_http_by_workers_too(server, whole, monkeypatch):
     url, state = server
-    monkeypatch.setattr(shard_store, "RETRY_AFTER", (0.01, 0.01))
+    monkeypatch.setattr(shard_store, "FIRST_PAUSE", 0.01)
     local = open_shards(whole)
     reader = open_shards(url)
     assert all(difference(local[index], reader[index]) == [] for index in (0, 5, 10))
@@ -388,8 +431,8 @@ def test_pretraining_runs_on_shards_and_goes_on(whole, tmp_path):
             "cameras": ["front"],
             "batch_size": 2,
             "num_workers": 2,
-            "augment": {"num_points": 200, "images": {"resize": None}},
         },
+        "augment": {"points": {"num_points": 200}, "images": {"resize": None}},
         "prepare": {"points": "int32_mm"},
         **BLOCKS,
         "trainer": {"max_steps": 3, "accelerator": "cpu", "log_every_n_steps": 1},

@@ -188,3 +188,23 @@ def test_rows_are_what_the_loss_compares():
     for name, (query, key, ids, batch_index) in rows.items():
         assert len(query) == len(key) == len(ids) == len(batch_index) == int(metrics[f"{name}_rows"])
         assert query.shape[1] == 8
+
+
+def test_no_query_of_greedy_has_its_own_lidar_point_among_its_negatives():
+    """Only rows whose key another row took count here; the exact assignment never leaves one (a point is nearest to itself)."""
+    batch = batch_of([1, 2, 3], num_points=60)
+    for assignment in ("greedy", "hungarian"):
+        method = small_method(matching={"assignment": assignment}).eval()
+        embedded = method.embed(batch)
+        first, second, rows = embedded.first.tokens, embedded.intra.second.tokens, embedded.intra.pairs
+        own = torch.stack([first.batch_index, first.source_index], 1)[rows.first]
+        others = torch.stack([second.batch_index, second.source_index], 1)[rows.second]
+        left = (own[:, None] == others[None]).all(2) & ~torch.eye(len(own), dtype=torch.bool)
+        left &= own[:, 1, None] != others[:, 1][:, None]  # the row itself sits on another point
+        if assignment == "hungarian":
+            assert not left.any()
+        else:
+            assert left.any(), "the case is in the data"
+            kept = method._intra_result(embedded.first, embedded.intra).loss
+            plain = small_method(matching={"assignment": assignment}, contrast={"mask_duplicates": False}).eval()
+            assert float(kept.detach()) < float(plain._intra_result(embedded.first, embedded.intra).loss.detach())

@@ -36,9 +36,10 @@ from waymo_drive import (
 )
 
 from simipu3d.config import parse_part
-from simipu3d.data.loading.loader import build_reader
+from simipu3d.contracts.frame import EVERYTHING, Wants
 from simipu3d.data.readers import parquet_rows, waymo_v2
 from simipu3d.data.readers.parquet_rows import ParquetRows, Recent
+from simipu3d.data.readers.waymo import WaymoReader
 from simipu3d.data.readers.waymo_moment import CAMERA_NAMES, LASER_NAMES, WaymoRequest
 from simipu3d.engine.pretrain import pretrain
 from simipu3d.errors import BadFrameError, UserError
@@ -51,9 +52,10 @@ LASERS = {name: number for number, name in LASER_NAMES.items()}
 CAMERAS = {name: number for number, name in CAMERA_NAMES.items()}
 
 
-def open_waymo(root: Path, **keys):
+def open_waymo(root: Path, wants: Wants = EVERYTHING, **keys):
     keys = {key: str(value) if isinstance(value, Path) else value for key, value in keys.items()}
-    return build_reader(parse_part("data", READERS, {"name": "waymo", "root": str(root), "split": "all", **keys}))
+    block = {"name": "waymo", "root": str(root), "split": "all", **keys}
+    return WaymoReader(parse_part("data", READERS, block), wants)
 
 
 @pytest.fixture(scope="module")
@@ -312,11 +314,13 @@ def test_boxes(drive):
         assert boxes.size.tolist() == [list(label["box.size"]) for label in labels]
         assert boxes.yaw.tolist() == [label["box.heading"] for label in labels]
         assert boxes.num_points.tolist() == [5, 6, 300, 2][:index]
+        assert boxes.ids == tuple(f"object-{number}" for number in range(index))
+        assert boxes.image_boxes is None, "this download has no projected boxes"
         assert boxes.difficulty.tolist() == [2, 1, 2, 1][:index]
         world = pose(vehicle_state(place(index)[1]))
         ahead = np.linalg.inv(world) @ (world @ [0, 0, 0, 1] + [*SPEED, 0])
         np.testing.assert_allclose(boxes.velocity, np.tile(ahead[:2], (index, 1)), atol=1e-9)
-    assert open_waymo(drive, load_boxes=False)[2].boxes is None
+    assert open_waymo(drive, Wants())[2].boxes is None
 
 
 def test_a_download_without_labels_has_no_boxes(root):
@@ -365,7 +369,7 @@ def test_records_that_lie_elsewhere_are_told(tmp_path):
 
 
 def test_fractions_and_intervals(drive):
-    quick = {"lasers": [], "cameras": ["FRONT"], "load_boxes": False}
+    quick = {"lasers": [], "cameras": ["FRONT"], "wants": Wants()}
     whole = ids(open_waymo(drive, **quick))
     assert whole == [f"{segment}/{time}" for segment in SEGMENTS for time in times(segment)]
     for cut in (0.2, 1 / 3, 0.5, 2 / 3, 0.8):
@@ -430,7 +434,7 @@ def decoded(monkeypatch) -> list[tuple[str, int, tuple[str, ...]]]:
 
 
 def test_only_what_is_asked_for_is_decoded(drive, decoded):
-    reader = open_waymo(drive, returns=1, cameras=["SIDE_RIGHT"], lasers=["REAR"], load_boxes=False)
+    reader = open_waymo(drive, returns=1, cameras=["SIDE_RIGHT"], lasers=["REAR"], wants=Wants())
     decoded.clear()
     reader[0]
     assert {component for component, _, _ in decoded} == {"vehicle_pose", "camera_image", "lidar"}
@@ -839,6 +843,12 @@ def test_real_boxes_project_onto_their_boxes_in_the_images(real):
             pixels = pixels[(depth > 0.5) & np.isfinite(pixels).all(axis=1)] + 0.5
             hull = np.concatenate([pixels.min(axis=0), pixels.max(axis=0)]).clip(0, [width, height, width, height])
             ious.append(overlap(hull, np.array([u - size_u / 2, v - size_v / 2, u + size_u / 2, v + size_v / 2])))
+        # The frame has them by 3D box, in pixels with integer centres.
+        own = [place_of[names["projected_lidar_box"]["key.laser_object_id"][row]] for row in mine]
+        stored, centre = boxes.image_boxes[camera.name], labelled[camera.name]
+        assert np.isfinite(stored).all(axis=1).nonzero()[0].tolist() == sorted(own)
+        np.testing.assert_allclose((stored[own, :2] + stored[own, 2:]) / 2 + 0.5, centre[:, :2])
+        np.testing.assert_allclose(stored[own, 2:] - stored[own, :2], centre[:, 2:])
     assert len(ious) == 62
     assert min(ious) > 0.95
     assert np.median(ious) > 0.99

@@ -11,15 +11,16 @@ from simipu3d.benchmark.synthetic_waymo.drive import WaymoDrive
 from simipu3d.benchmark.synthetic_waymo.files import write_waymo_v1, write_waymo_v2
 from simipu3d.benchmark.synthetic_waymo.rig import WaymoRigSettings
 from simipu3d.config import parse_part
-from simipu3d.data.config import AugmentConfig
+from simipu3d.data.config import PointAugmentConfig
 from simipu3d.data.loading.augment_points import draw_transform
 from simipu3d.data.loading.loader import build_reader
 from simipu3d.data.readers.waymo import WaymoReader
 from simipu3d.data.readers.waymo_moment import CAMERA_NAMES
 from simipu3d.engine.pretrain import pretrain
-from simipu3d.geometry.boxes import BOX_EDGES, box_corners, points_in_boxes
+from simipu3d.geometry.boxes import BOX_EDGES, box_corners
 from simipu3d.geometry.camera import project_points
 from simipu3d.geometry.transforms import transform_points
+from simipu3d.ops.rotated_iou import points_in_boxes
 from simipu3d.registry import READERS
 
 ROLLING = WaymoRigSettings(num_moments=2, top_size=(64, 300), side_size=(20, 60))
@@ -135,7 +136,7 @@ def test_points_in_boxes_stay_there_under_augmentation(drive, version):
     """The reader's points and boxes agree with what the beams met, and move together."""
     _, folder, pairs = drive
     reader = reader_of(folder, version, no_label_zone="keep")
-    config = AugmentConfig(rotation_deg=(40.0, 40.0), scale=(1.1, 1.1), flip_probability=1.0)
+    config = PointAugmentConfig(rotation_deg=(40.0, 40.0), scale=(1.1, 1.1), flip_probability=1.0)
     for index, (moment, _) in enumerate(pairs):
         frame = reader[index]
         xyz, boxes = frame.points[:, :3].astype(np.float64), frame.boxes

@@ -844,7 +844,7 @@ def test_real_boxes_equal_those_of_v2(samples, real, frame):
     assert len(boxes) == len(rows) == 75
     rotation = real.world_from_vehicle[:3, :3]
     for index, label in enumerate(frame.laser_labels):
-        row = rows[label.id]
+        row = rows[label.id.decode()]
         assert boxes.center[index].tolist() == columns(row, "box.center", "x y z")
         assert boxes.size[index].tolist() == columns(row, "box.size", "x y z")
         assert boxes.yaw[index] == row["box.heading"]
@@ -881,7 +881,13 @@ def test_real_image_boxes_equal_those_of_v2(samples, real, frame):
         ]
         assert sorted(camera.labels.tolist()) == sorted(expected)
     drawn = {
-        (entry.name, label.id): [label.box.center_x, label.box.center_y, label.box.length, label.box.width, label.type]
+        (entry.name, label.id.decode()): [
+            label.box.center_x,
+            label.box.center_y,
+            label.box.length,
+            label.box.width,
+            label.type,
+        ]
         for entry in frame.camera_labels
         for label in entry.labels
     }

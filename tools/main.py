@@ -13,6 +13,7 @@ COMMANDS = {
     "inspect_data": "draw what a configuration reads: projected points, boxes, views and their matches",
     "benchmark": "time parts of the package against each other",
     "keys": "every key of a configuration: type, range, default, meaning, source",
+    "score": "score detections or depth maps by a benchmark's official rules; needs no model",
     "export": "write a pre-trained backbone for another library, and prove that it loads",
 }
 

@@ -19,13 +19,18 @@ from typing import Any
 import torch
 
 from simipu3d.benchmark.made_data import Case, write_made_data
-from simipu3d.config import parse_part
+from simipu3d.config import parse_block, parse_part
 from simipu3d.contracts.frame import Frame
+from simipu3d.contracts.method import Needs
+from simipu3d.data.config import AugmentConfig
 from simipu3d.data.loading.augment import augment_frame
-from simipu3d.data.loading.loader import build_reader
+from simipu3d.data.loading.loader import Augments, build_reader, wants_of
 from simipu3d.data.loading.order import sample_seeds
 from simipu3d.data.readers.files import decode_image
 from simipu3d.registry import READERS
+
+NEEDS = Needs(point_views=2, image_views=1)
+"""What a row reads and draws: SimIPU's."""
 
 
 def decode_again(frame: Frame) -> float:
@@ -43,15 +48,16 @@ def megabytes(what: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{what}:")) * 1024 / 1e6
 
 
-def serve(pipe: Connection, data: str) -> None:
+def serve(pipe: Connection, data: str, augment: str) -> None:
     """A row's process. A number received: read that many frames, send seconds a frame as (read, decode, augment). A
     negative one: read that many, send megabytes held (half-way, at the end, at most), and end."""
     torch.set_num_threads(1)
     Path("/proc/self/clear_refs").write_text("5")  # the most it held is counted from here on
     before = megabytes("VmRSS")
     config = parse_part("data", READERS, json.loads(data))
-    reader = build_reader(config)
+    reader = build_reader(config, wants_of(NEEDS))
     reader.prepare()
+    augments = Augments(reader, config, parse_block("augment", AugmentConfig, json.loads(augment)))
     index = 0
     while (number := pipe.recv()) > 0:
         spent = [0.0, 0.0, 0.0]
@@ -59,7 +65,7 @@ def serve(pipe: Connection, data: str) -> None:
             start = time.perf_counter()
             frame = reader[index % len(reader)]
             read = time.perf_counter()
-            augment_frame(frame, config.augment, sample_seeds(0, 0, index))
+            augment_frame(frame, augments.of(index % len(reader)), NEEDS, sample_seeds(0, 0, index))
             spent[2] += time.perf_counter() - read
             spent[0] += read - start
             spent[1] += decode_again(frame)
@@ -86,7 +92,9 @@ def time_cases(cases: list[Case], rounds: int, frames: int, soak: int) -> list[d
     pipes: dict[str, Connection] = {}
     for case in cases:
         pipes[case.name], theirs = context.Pipe()
-        context.Process(target=serve, args=(theirs, json.dumps(case.data)), daemon=True).start()
+        context.Process(
+            target=serve, args=(theirs, json.dumps(case.data), json.dumps(case.augment)), daemon=True
+        ).start()
         theirs.close()
     answers: dict[str, list[tuple[float, float, float]]] = {case.name: [] for case in cases}
     for _ in range(rounds + 1):

@@ -2,7 +2,7 @@
 of them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,13 @@ class Case:
         name: of the row.
         data: the `data:` block.
         against: the row that its speed is compared with, or None.
+        augment: the `augment:` block.
     """
 
     name: str
     data: dict[str, Any]
     against: str | None = None
+    augment: dict[str, Any] = field(default_factory=dict)
 
 
 def write_made_data(folder: Path, samples: Path | None, quick: bool) -> list[Case]:
@@ -52,13 +54,8 @@ def write_made_data(folder: Path, samples: Path | None, quick: bool) -> list[Cas
             Case(f"waymo {version}, top lidar, 1 camera", block | small),
             Case(f"waymo {version}, 5 lidars, 5 cameras", block),
         ]
-    made = {
-        "name": "drive_world",
-        "root": str(folder / "cache"),
-        "num_frames": 8,
-        "augment": {"images": {"resize": None}},
-    }
-    cases += _with_shards("drive_world", made, folder)
+    made = {"name": "drive_world", "root": str(folder / "cache"), "num_frames": 8}
+    cases += _with_shards("drive_world", made, folder, {"images": {"resize": None}})
     if samples is not None:
         kitti = {"name": "kitti", "root": str(samples / "kitti"), "split": "all"}
         nuscenes = {"name": "nuscenes", "root": str(samples / "nuscenes"), "version": "v1.0-mini", "split": "all"}
@@ -72,14 +69,13 @@ def _moments(settings: WaymoRigSettings) -> Iterator[tuple[WaymoMoment, WaymoTru
     return (drive.moment(index) for index in range(settings.num_moments))
 
 
-def _with_shards(name: str, data: dict[str, Any], folder: Path) -> list[Case]:
+def _with_shards(name: str, data: dict[str, Any], folder: Path, augment: dict[str, Any] | None = None) -> list[Case]:
     """A data set, and its shards with images as they were and as JPEG; both are compared with the files."""
-    cases = [Case(name, data)]
+    augment = augment or {}
+    cases = [Case(name, data, augment=augment)]
     for images in ("keep", "jpeg"):
         out = folder / f"{name}_{images}"
         prepare_shards(parse_part("data", READERS, data), PrepareConfig(images=images), str(out))
         shards = {"name": "shards", "root": str(out)}
-        if "augment" in data:
-            shards["augment"] = data["augment"]
-        cases.append(Case(f"shards of {name}, images {images}", shards, against=name))
+        cases.append(Case(f"shards of {name}, images {images}", shards, against=name, augment=augment))
     return cases

@@ -43,8 +43,9 @@ class BevMap:
 
     Attributes:
         features: (B, C, Y, X), rows along y, columns along x.
-        origin: (x, y) of the centre of cell (0, 0), metres, in the (augmented) frame of the view.
-        cell: edge of a cell along (x, y), metres.
+        origin: (x, y) of the centre of cell (0, 0), metres, in the (augmented) frame of the view: the middle of what the
+            cell sees. The centre of cell (row, column) is origin + (column, row) * cell.
+        cell: distance from one centre to the next along (x, y), metres.
     """
 
     features: Tensor
@@ -54,7 +55,10 @@ class BevMap:
 
 @runtime_checkable
 class BevEncoder(Protocol):
-    """A point encoder that can also make a map: voxel backbones, pillars."""
+    """A point encoder that can also make a map: pillars, and voxel backbones with `output_conv: true`.
+
+    An encoder that is built without what the map needs has no `bev_channels`, so that `isinstance` answers for it.
+    """
 
     bev_channels: int
 

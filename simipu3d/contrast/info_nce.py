@@ -33,6 +33,7 @@ def info_nce(
     temperature: float,
     *,
     ids: Sequence[Tensor] = (),
+    cross_ids: tuple[Tensor, Tensor] | None = None,
     scene: Tensor | None = None,
     all_ranks: bool = False,
 ) -> ContrastResult:
@@ -44,6 +45,8 @@ def info_nce(
         temperature: divides the similarities.
         ids: (N,) int64 tensors. Two rows that share a value in any of them are copies of each other and no negatives
             of each other; a negative value is nobody's copy.
+        cross_ids: (N,) int64 of the queries and of the keys. A key of another row that has the query's own value is no
+            negative of it; a negative value is nobody's.
         scene: (N,) int64. If given, only rows of the same scene are negatives.
         all_ranks: keys of all processes are negatives, gathered with their gradient; processes may hold different N.
             A no-op without an initialised process group.
@@ -56,13 +59,13 @@ def info_nce(
     # Similarities are divided by a small temperature: half precision would lose what distinguishes them.
     query, key = F.normalize(query.float(), dim=1), F.normalize(key.float(), dim=1)
     num_rows, first = len(query), 0
-    keys, key_ids, key_scene = key, list(ids), scene
+    sides = [(values, values) for values in ids] + ([cross_ids] if cross_ids is not None else [])
+    keys, key_scene = key, scene
     if all_ranks and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         # Ids and scenes are numbered per process: a stride that no process reaches keeps them apart.
-        ids = [_globally_unique(values) for values in ids]
+        sides = [(_globally_unique(own), gather_rows(_globally_unique(others))[0]) for own, others in sides]
         scene = _globally_unique(scene) if scene is not None else None
         keys, first = gather_rows(key)
-        key_ids = [gather_rows(values)[0] for values in ids]
         key_scene = gather_rows(scene)[0] if scene is not None else None
     if num_rows == 0:
         zero = query.sum() + keys.sum() * 0
@@ -74,7 +77,7 @@ def info_nce(
     if scene is not None:
         excluded |= scene[:, None] != key_scene[None]
     rows_to_choose_from = (~excluded).sum(dim=1)
-    for own, others in zip(ids, key_ids, strict=True):
+    for own, others in sides:
         excluded |= (own[:, None] == others[None]) & (own[:, None] >= 0)
     excluded[torch.arange(num_rows, device=query.device), target] = False
     logits = logits.masked_fill(excluded, -torch.inf)

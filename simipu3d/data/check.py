@@ -18,8 +18,8 @@ from simipu3d.data.config import DataConfig
 from simipu3d.data.loading.loader import start_worker
 from simipu3d.data.readers.mixed import MixedConfig
 from simipu3d.errors import BadFrameError
-from simipu3d.geometry.boxes import points_in_boxes
 from simipu3d.geometry.camera import project_points
+from simipu3d.ops.rotated_iou import points_in_boxes
 
 FARTHEST = 500.0
 """A point farther away than this, metres, is implausible: no lidar of a car measures so far."""
@@ -33,7 +33,7 @@ GAP = 3.0
 """Frames of a sequence that are this many times as far apart as usual have a gap between them."""
 FEW = 5
 """A box that is said to hold fewer points than this may hold none: range noise carries some out of it."""
-UNFILTERED = {"point_range": None, "frustum": False, "load_interval": 1}
+UNFILTERED: dict[str, Any] = {"point_range": None, "frustum": False, "load_interval": 1}
 """Keys of readers that take points or frames away, at the values that take none."""
 SKEW = 1e-3
 """How far R R^T of a rotation R may be from the identity; calibrations are printed with few digits."""

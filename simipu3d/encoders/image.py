@@ -23,10 +23,14 @@ from simipu3d.encoders.image_trunk import (
     checkpoint_gradients,
     count_batches_once,
     first_pass,
+    image_side,
 )
 from simipu3d.errors import UserError
-from simipu3d.weights.files import LoadReport, load_pretrained, some_names
+from simipu3d.weights.branch import WeightBranch
+from simipu3d.weights.files import some_names
 from simipu3d.weights.folding import IMAGENET_MEAN, IMAGENET_STD
+from simipu3d.weights.load import LoadReport, load_pretrained
+from simipu3d.weights.namings import IMAGE_NAMINGS, SWIN_NAMINGS
 
 logger = logging.getLogger(__name__)
 
@@ -178,6 +182,12 @@ class ImageEncoder(nn.Module):
         else:
             logger.info("image_encoder.norm: sync_bn is plain BatchNorm on %s", device_type)
 
+    def weight_branch(self, title: str) -> WeightBranch:
+        """What of this encoder weights from elsewhere fill: the trunk. `title` is the encoder's name in the method."""
+        namings = SWIN_NAMINGS if type(self.trunk).__name__ == "SwinTransformer" else IMAGE_NAMINGS
+        side = image_side(self.trunk, self.config, self.untrained)
+        return WeightBranch(title, self.config.name, self.trunk, namings, "trunk.", image=side)
+
     def train(self, mode: bool = True) -> "ImageEncoder":
         """Training mode for all but the frozen parts."""
         super().train(mode)
@@ -226,7 +236,7 @@ class ImageEncoder(nn.Module):
         self.load_report: LoadReport | None = None
         if config.pretrained is not None:
             what = "image_encoder.pretrained"
-            self.load_report = load_pretrained(self.trunk, config.pretrained, what, not_run=self.untrained)
+            self.load_report = load_pretrained(self.weight_branch("image_encoder"), config.pretrained, what)
             logger.info("%s: %s", what, self.load_report)
 
     def _freeze(self) -> frozenset[str]:

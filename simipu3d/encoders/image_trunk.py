@@ -2,10 +2,11 @@
 
 import difflib
 import inspect
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, JsonValue, NonNegativeInt, PositiveFloat, PositiveInt
@@ -13,9 +14,11 @@ from torch import nn
 
 from simipu3d.compat import import_timm
 from simipu3d.config import PartConfig, parse_block
-from simipu3d.encoders.image_levels import forward_levels
+from simipu3d.encoders.image_levels import forward_levels, is_timm
 from simipu3d.errors import UserError
 from simipu3d.registry import IMAGE_BACKBONES
+from simipu3d.weights.branch import ImageSide, WeightsConfig
+from simipu3d.weights.folding import CONVENTIONS, Pictures, norm_eps
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 _OWN_ARGS = (
@@ -43,8 +46,10 @@ class ImageEncoderConfig(PartConfig):
     the end, -1 for the last one, as the paper does. Stages behind it are not built, so not trained; `output_stride` or
     `neck` train them too. Default: SimIPU (arXiv:2112.04680)."""
     pretrained: Path | None = None
-    """Local weights to start from (.safetensors, or a torch file with a state dict), for double fine-tuning. Default:
+    """Local weights to start from, any file that `--init` takes for an image branch, for double fine-tuning. Default:
     from scratch, as in the paper. Nothing is ever downloaded."""
+    weights: WeightsConfig = Field(default_factory=WeightsConfig)
+    """What a foreign file does not say about itself."""
     norm: Literal["batch", "sync_bn", "frozen"] = "batch"
     """BatchNorm of this process, over all processes (CUDA only; plain on a CPU), or with its statistics and weights
     fixed. Default: timm's."""
@@ -123,6 +128,43 @@ def build_trunk(config: ImageEncoderConfig) -> tuple[nn.Module, dict[str, JsonVa
         args = {**flexible, **args}
         trunk = create(args)
     return trunk, args
+
+
+def convert_names(trunk: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+    """Tensors in the names of an architecture's authors as timm's, by timm's own function; None where it has none, or the
+    file is not what it expects. Tables of positions come out in the trunk's size."""
+    convert = getattr(sys.modules[type(trunk).__module__], "checkpoint_filter_fn", None)
+    if convert is None or not is_timm(trunk):
+        return None
+    try:
+        converted = convert(tensors, trunk)
+    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        return None  # written for its authors' files, it meets any
+    return {name: value for name, value in converted.items() if isinstance(value, torch.Tensor)}
+
+
+def image_side(trunk: nn.Module, config: ImageEncoderConfig, untrained: tuple[str, ...]) -> ImageSide:
+    """What weights from elsewhere have to be fitted to; `untrained` are names that do not count."""
+    first = getattr(trunk, "pretrained_cfg", {}).get("first_conv")
+    conv = dict(trunk.named_modules()).get(first) if isinstance(first, str) else None
+    pads = type(conv) is not nn.Conv2d or conv.padding != (0, 0)
+
+    def of_run(block: Mapping[str, Any]) -> tuple[Pictures, dict[str, float]]:
+        there = parse_block("image_encoder", ImageEncoderConfig, {**block, "pretrained": None})
+        own = norm_eps(trunk)
+        eps = dict.fromkeys(own, there.bn_eps) if there.bn_eps else norm_eps(build_trunk(there)[0])
+        return CONVENTIONS[there.input], eps
+
+    return ImageSide(
+        first=first if isinstance(conv, nn.Conv2d) else "",
+        pads=pads,
+        pictures=CONVENTIONS[config.input],
+        stated=config.weights,
+        stock_eps=lambda: norm_eps(build_trunk(config)[0]),
+        of_run=of_run,
+        convert=lambda tensors: convert_names(trunk, tensors),
+        untrained=untrained,
+    )
 
 
 def _any_size_args(trunk: nn.Module) -> dict[str, JsonValue]:

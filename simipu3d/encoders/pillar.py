@@ -3,8 +3,8 @@
 A pillar is a cell of the ground grid over the whole height. Each of its points is described by its raw columns and by its
 offsets from the pillar's mean point and from its centre; a linear layer, BatchNorm and ReLU, and the maximum over the
 points (PointPillars, arXiv:1812.05784). What follows is PillarNet's encoder (arXiv:2205.07403): four stages of sparse
-convolutions on (y, x) at strides 1, 2, 4, 8. Tokens come from the last one, conv4; the dense stages after it belong to a
-detector.
+convolutions on (y, x) at strides 1, 2, 4, 8. Tokens and the bird's-eye-view map come from the last one, conv4; the dense
+stages after it belong to a detector.
 
 Names and shapes of the state dict are OpenPCDet's: `vfe.*` as in its DynamicPillarVFE with one layer, `conv1` to `conv4`
 as in its PillarRes18BackBone8x and PillarBackBone8x (there below `backbone_3d.`), weights in spconv 2 layout
@@ -35,6 +35,7 @@ from simipu3d.encoders.strided_backbone import PointRange, SparseResidualBlock, 
 from simipu3d.ops.scatter import scatter_reduce
 from simipu3d.ops.voxelize import grid_size, voxelize
 from simipu3d.registry import POINT_ENCODERS
+from simipu3d.weights.branch import InputLayer
 
 
 class PillarConfig(PartConfig):
@@ -114,7 +115,7 @@ class PillarFeatures(nn.Module):
 
 @POINT_ENCODERS.register("pillar", config=PillarConfig)
 class PillarEncoder(StridedBackbone):
-    """Pillar features and a sparse 2D backbone. Contract: `contracts.tokens.PointEncoder`.
+    """Pillar features and a sparse 2D backbone. Contracts: `contracts.tokens.PointEncoder`, `BevEncoder`.
 
     Args:
         config: the validated block.
@@ -128,7 +129,8 @@ class PillarEncoder(StridedBackbone):
         nx, ny, _ = grid_size(config.cell_size, config.point_range)
         super().__init__(point_columns, config.point_range, config.pillar_size, (ny, nx), config.num_tokens)
         self.config = config
-        self.out_channels = config.widths[3]
+        self._columns = tuple(point_columns)
+        self.out_channels = self.bev_channels = config.widths[3]
         self.vfe = PillarFeatures(config, len(point_columns))
         self.conv1 = SparseSequential(*self._blocks(1))
         for stage in (2, 3, 4):
@@ -142,6 +144,10 @@ class PillarEncoder(StridedBackbone):
             options = {"bias": True, "backend": backend, "convolution": SubMConv2d}
             return [SparseResidualBlock(width, key, **options) for _ in range(2)]
         return [with_norm(SubMConv2d(width, width, key, backend=backend)) for _ in range(2)]
+
+    def input_layers(self) -> dict[str, InputLayer]:
+        """Layers that read the points' columns, by the name of their weight; weights from elsewhere are fitted there."""
+        return {"vfe.pfn_layers.0.linear.weight": InputLayer(1, self._columns, others=6)}
 
     def voxelize(self, view: PointView) -> tuple[SparseTensor, Tensor]:
         """The view's pillars with their features, and which points (N,) lie in `point_range`."""

@@ -30,6 +30,7 @@ from simipu3d.ops.ball_query import Neighbours, Shell, query_shells
 from simipu3d.ops.farthest_point import farthest_point_sample, fused_sample, sampled_offsets, split_sample
 from simipu3d.ops.scatter import scatter_reduce
 from simipu3d.registry import POINT_ENCODERS
+from simipu3d.weights.branch import InputLayer
 
 
 class SetAbstractionConfig(PartConfig):
@@ -267,6 +268,7 @@ class PointNet2MSG(nn.Module):
             raise UserError(
                 "point_encoder.use_xyz: points without any column after x, y, z leave no input; set it to true"
             )
+        self._columns = tuple(point_columns)
         self.num_columns = len(point_columns)
         self.SA_modules = nn.ModuleList()
         self.aggregation_mlps = nn.ModuleList()
@@ -276,6 +278,17 @@ class PointNet2MSG(nn.Module):
             self.aggregation_mlps.append(_aggregation(layer, config))
             channels = layer.out_channels
         self.out_channels = channels
+
+    def input_layers(self) -> dict[str, InputLayer]:
+        """Layers that read offsets or columns, by the name of their weight; weights from elsewhere are fitted there."""
+        found = {}
+        for level, layer in enumerate(self.SA_modules):
+            for shell, mlp in enumerate(layer.mlps):
+                features = mlp[0].conv.in_channels - 3 * layer.use_xyz
+                columns, others = ((), features) if level else (self._columns[3:], 0)
+                name = f"SA_modules.{level}.mlps.{shell}.layer0.conv.weight"
+                found[name] = InputLayer(1, columns, others, layer.use_xyz)
+        return found
 
     def forward(self, view: PointView) -> PointTokens:
         if view.points.shape[1] != self.num_columns:

@@ -40,6 +40,7 @@ from simipu3d.encoders.voxel_tokens import tokens_at_sites
 from simipu3d.errors import UserError
 from simipu3d.ops.scatter import scatter_reduce
 from simipu3d.registry import POINT_ENCODERS
+from simipu3d.weights.branch import InputLayer
 
 Eight = tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt, PositiveInt, PositiveInt, PositiveInt, PositiveInt]
 
@@ -218,6 +219,10 @@ class SparseUNet(nn.Module):
         key = f"subm{level}"
         first = ShortcutBlock(in_channels, width, key, self.config)
         return SparseSequential(first, *(ShortcutBlock(width, width, key, self.config) for _ in range(depth - 1)))
+
+    def input_layers(self) -> dict[str, InputLayer]:
+        """Layers that read the points, by the name of their weight; weights from elsewhere are fitted there."""
+        return {"stem.0.weight": InputLayer(4, others=self.config.in_channels, kernel_key="point_encoder.stem_kernel")}
 
     def forward(self, view: PointView) -> PointTokens:
         """Tokens of a view: features of a voxel (of a stride-16 cell) at the mean of the raw points in it.

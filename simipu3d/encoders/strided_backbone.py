@@ -1,9 +1,11 @@
-"""What do the sparse backbones of detectors share? Four stages on a bounded grid, at strides 1, 2, 4, 8, and tokens.
+"""What do the sparse backbones of detectors share? Four stages on a bounded grid, at strides 1, 2, 4, 8, tokens,
+and a map seen from above.
 
-Stages 2 to 4 begin with a strided convolution; tokens come from stage 4, conv4. The grid has D axes: (z, y, x) for
-voxels, (y, x) for pillars; what is said in metres is (x, y, z) or (x, y).
+Stages 2 to 4 begin with a strided convolution; tokens come from stage 4, conv4, the map from it or from the output
+convolution behind it. The grid has D axes: (z, y, x) for voxels, (y, x) for pillars; what is said in metres is (x, y, z)
+or (x, y).
 
-Shapes: N points, S sites of conv4, M tokens of B scenes.
+Shapes: N points, S sites of conv4, M tokens of B scenes, C channels of a map of Y x X cells.
 """
 
 import logging
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from simipu3d.contracts.batch import PointView
-from simipu3d.contracts.tokens import PointTokens
+from simipu3d.contracts.tokens import BevMap, PointTokens
 from simipu3d.encoders.sparse import (
     SiteBatchNorm,
     SparseBackend,
@@ -101,7 +103,10 @@ def with_norm(convolution: SparseConvolution) -> SparseSequential:
 
 
 class StridedBackbone(nn.Module):
-    """The way from a view to tokens. A subclass adds `conv1` to `conv4` and says how points become the first sites.
+    """The way from a view to tokens, or to a map (`contracts.tokens.BevEncoder`).
+
+    A subclass adds `conv1` to `conv4`, says how points become the first sites, and sets `bev_channels` where it is built
+    with all that the map needs.
 
     Args:
         point_columns: columns of the points, x, y, z first.
@@ -115,6 +120,7 @@ class StridedBackbone(nn.Module):
     conv2: SparseSequential
     conv3: SparseSequential
     conv4: SparseSequential
+    bev_channels: int
 
     def __init__(
         self,
@@ -131,6 +137,7 @@ class StridedBackbone(nn.Module):
         self._point_range, self._looked_at_range = point_range, False
         self.sparse_shape = sparse_shape
         self._num_tokens = num_tokens
+        self.conv_out: SparseSequential | None = None
 
     def forward(self, view: PointView) -> PointTokens:
         """Tokens of a view: conv4's features at the mean of the raw points that a site owns.
@@ -138,15 +145,39 @@ class StridedBackbone(nn.Module):
         The rows are ascending by scene, then by the site's (z, y, x), also after thinning. A scene without a point in
         `point_range` gives none.
         """
-        voxels, in_range = self.voxelize(view)
-        if self.training and not self._looked_at_range and len(in_range):
-            self._looked_at_range = True  # once: the answer has to come back from the device
-            self._tell_dropped(1 - float(in_range.float().mean()))
-        conv4 = self.stages(voxels)[-1]
+        conv4, in_range = self._last_stage(view)
         point_site = self.owners(view, conv4).masked_fill(~in_range, -1)
         return tokens_at_sites(view, conv4, point_site, self._num_tokens)
 
-    def _tell_dropped(self, share: float) -> None:
+    def bev(self, view: PointView) -> BevMap:
+        """The view as a map (B, C, Y, X) over the whole `point_range`; 0 where no site is active, and in empty scenes.
+
+        A cell's centre is the middle of what it sees, as for `owners`: of cell (0, 0) that is the centre of the first voxel
+        or pillar, half of its edge (not half a cell of the map) from the corner of the range.
+
+        Raises:
+            ValueError: the encoder was built without the layer that makes the map.
+        """
+        features = self.bev_map(self._last_stage(view)[0])
+        (*_, stride_y, stride_x), (*_, centre_y, centre_x) = self.receptive_grid(with_output=True)
+        (low_x, low_y), (size_x, size_y) = self._low[:2], self._cell_size[:2]
+        origin = (low_x + (centre_x + 0.5) * size_x, low_y + (centre_y + 0.5) * size_y)
+        return BevMap(features, origin, (stride_x * size_x, stride_y * size_y))
+
+    def bev_map(self, conv4: SparseTensor) -> Tensor:
+        """(B, C, Y, X): the last sites as a dense map, heights stacked as channels (channel-major)."""
+        sites = conv4 if self.conv_out is None else self.conv_out(conv4)
+        return sites.dense().flatten(1, -3)
+
+    def _last_stage(self, view: PointView) -> tuple[SparseTensor, Tensor]:
+        """conv4's sites, and which points (N,) lie in `point_range`."""
+        voxels, in_range = self.voxelize(view)
+        if self.training and not self._looked_at_range and len(in_range):
+            self._looked_at_range = True  # once: the answer has to come back from the device
+            self._warn_of_dropped(1 - float(in_range.float().mean()))
+        return self.stages(voxels)[-1], in_range
+
+    def _warn_of_dropped(self, share: float) -> None:
         """Warn where `point_range` does not fit the data: the network would learn from the rest and nobody would know."""
         if share > MOST_OUTSIDE:
             logger.warning(
@@ -181,15 +212,18 @@ class StridedBackbone(nn.Module):
         rows, found = find_rows(keys, linear_key(torch.cat([view.batch_index[:, None], cell], 1), conv4.spatial_shape))
         return rows.masked_fill(~found, -1)
 
-    def receptive_grid(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    def receptive_grid(self, *, with_output: bool = False) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """Distance from one conv4 cell's receptive centre to the next, and the centre of cell 0, in voxels, (z, y, x).
 
         Output cell o of a layer sits over input index o * stride - padding + (kernel - 1) / 2; the layers are composed.
+        `with_output` goes on through `conv_out`, where there is one.
         """
         num_axes = len(self._cell_size)
         stride, centre = [1] * num_axes, [0.0] * num_axes
-        for stage in (self.conv2, self.conv3, self.conv4):
-            geometry = stage[0][0].geometry
+        layers = [stage[0][0] for stage in (self.conv2, self.conv3, self.conv4)]
+        if with_output and self.conv_out is not None:
+            layers.append(self.conv_out[0])
+        for geometry in (layer.geometry for layer in layers):
             for axis in range(num_axes):
                 centre[axis] += stride[axis] * ((geometry.kernel_size[axis] - 1) / 2 - geometry.padding[axis])
                 stride[axis] *= geometry.stride[axis]

@@ -3,7 +3,7 @@
 Names and shapes of the state dict are those of OpenPCDet's VoxelBackBone8x (SECOND, doi 10.3390/s18103337) and
 VoxelResBackBone8x (there below `backbone_3d.`), weights in spconv 2 layout (out, kz, ky, kx, in). A voxel's input is
 the mean of its points' raw columns, absolute x, y, z in metres first. Tokens come from the last 3D stage, conv4, at
-stride 8.
+stride 8; the bird's-eye-view map of detectors from `conv_out` behind it.
 
 Shapes: N points, V voxels, S sites of conv4, M tokens of B scenes. Cells are (z, y, x); `voxel_size` and `point_range`
 are (x, y, z), as OpenPCDet's configurations have them.
@@ -28,6 +28,10 @@ from simipu3d.encoders.sparse.tensor import Triple
 from simipu3d.encoders.strided_backbone import PointRange, SparseResidualBlock, StridedBackbone, check_grid, with_norm
 from simipu3d.ops.voxelize import grid_size, voxelize
 from simipu3d.registry import POINT_ENCODERS
+from simipu3d.weights.branch import InputLayer
+
+OUTPUT_WIDTH = 128
+"""Channels of `conv_out`, of either backbone."""
 
 
 class VoxelBackboneConfig(PartConfig):
@@ -44,8 +48,9 @@ class VoxelBackboneConfig(PartConfig):
     num_tokens: PositiveInt = 1024
     """Most tokens of a scene; more are thinned by farthest point sampling. Default: as SimIPU's PointNet++ has."""
     output_conv: bool = False
-    """Build `conv_out` as well, which makes the bird's-eye-view map that detectors read. Tokens do not pass through it,
-    so pre-training cannot train it and leaves it out; fine-tuning and whole OpenPCDet networks need it."""
+    """Build `conv_out` as well, which makes the bird's-eye-view map that detectors read (`bev`). Tokens do not pass through
+    it, so pre-training cannot train it and leaves it out; heads that read the map, and whole OpenPCDet networks, need it.
+    Default: as pre-training needs it."""
     last_pad: NonNegativeInt = 0
     """Padding of `conv_out` along all axes, OpenPCDet's key of that name and its default. Only with `output_conv`."""
 
@@ -54,6 +59,11 @@ class VoxelBackboneConfig(PartConfig):
         check_grid(self.point_range, self.voxel_size, "voxel")
         if self.last_pad and not self.output_conv:
             raise ValueError("last_pad belongs to conv_out; set output_conv: true or leave it out")
+        if self.output_conv and self.map_height < 1:
+            raise ValueError(
+                f"output_conv: of {self.grid_shape[0]} voxels along z nothing is left behind conv_out; widen point_range "
+                "to 24 or more"
+            )
         return self
 
     @property
@@ -61,6 +71,14 @@ class VoxelBackboneConfig(PartConfig):
         """Voxels along z, y, x."""
         x, y, z = grid_size(self.voxel_size, self.point_range)
         return z, y, x
+
+    @property
+    def map_height(self) -> int:
+        """Cells along z behind `conv_out`; the map has that many times its channels."""
+        height = self.grid_shape[0] + 1
+        for padding in (1, 1, 0, self.last_pad):  # conv2, conv3, conv4, conv_out: kernel 3, stride 2
+            height = (height + 2 * padding - 3) // 2 + 1
+        return height
 
 
 class VoxelResBackboneConfig(VoxelBackboneConfig):
@@ -94,6 +112,7 @@ class _VoxelBackbone(StridedBackbone):
         nz, ny, nx = config.grid_shape
         super().__init__(point_columns, config.point_range, config.voxel_size, (nz + 1, ny, nx), config.num_tokens)
         self.config = config
+        self._columns = tuple(point_columns)
         backend = config.sparse_backend
         self.out_channels = widths[3]
         self.conv_input = with_norm(SubMConv3d(len(point_columns), widths[0], "subm1", backend=backend))
@@ -102,10 +121,14 @@ class _VoxelBackbone(StridedBackbone):
             padding = (0, 1, 1) if stage == 4 else (1, 1, 1)
             down = SparseConv3d(*widths[stage - 2 : stage], f"spconv{stage}", padding=padding, backend=backend)
             setattr(self, f"conv{stage}", SparseSequential(with_norm(down), *blocks(stage, widths[stage - 1])))
-        self.conv_out = None
         if config.output_conv:
             options = {"kernel_size": (3, 1, 1), "stride": (2, 1, 1), "padding": (config.last_pad,) * 3}
-            self.conv_out = with_norm(SparseConv3d(widths[3], 128, "spconv_down2", **options, backend=backend))
+            self.conv_out = with_norm(SparseConv3d(widths[3], OUTPUT_WIDTH, "spconv_down2", **options, backend=backend))
+            self.bev_channels = OUTPUT_WIDTH * config.map_height
+
+    def input_layers(self) -> dict[str, InputLayer]:
+        """Layers that read the points' columns, by the name of their weight; weights from elsewhere are fitted there."""
+        return {"conv_input.0.weight": InputLayer(4, self._columns)}
 
     def voxelize(self, view: PointView) -> tuple[SparseTensor, Tensor]:
         """The view's voxels with the mean of their points' columns, and which points (N,) lie in `point_range`."""
@@ -118,14 +141,14 @@ class _VoxelBackbone(StridedBackbone):
         return super().stages(self.conv_input(voxels))
 
     def bev_map(self, conv4: SparseTensor) -> Tensor:
-        """(B, 128 * D, ny / 8, nx / 8): `conv_out` of the last stage, its heights stacked as channels (channel-major).
+        """(B, 128 * D, ny / 8, nx / 8): `conv_out` of the last stage, its D heights stacked as channels (channel-major).
 
         Raises:
             ValueError: built without `output_conv`.
         """
         if self.conv_out is None:
             raise ValueError("this backbone was built without conv_out; set output_conv: true")
-        return self.conv_out(conv4).dense().flatten(1, 2)
+        return super().bev_map(conv4)
 
 
 @POINT_ENCODERS.register("voxel_backbone8x", config=VoxelBackboneConfig)

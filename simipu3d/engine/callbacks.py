@@ -14,7 +14,8 @@ from torch import Tensor
 
 from simipu3d.contracts.batch import Batch
 from simipu3d.contracts.method import Method, Picture
-from simipu3d.engine.metrics import MetricsFile, average, readable
+from simipu3d.engine.metrics import average, readable
+from simipu3d.engine.metrics_file import MetricsFile
 from simipu3d.engine.module import TrainingModule
 from simipu3d.engine.run import RunDirectory
 from simipu3d.errors import UserError

@@ -16,14 +16,15 @@ from simipu3d.config import ChosenPart, chosen_parts
 from simipu3d.data.config import AugmentConfig
 from simipu3d.data.shards.frames import PrepareConfig
 from simipu3d.engine.optim import ScaleConfig
-from simipu3d.engine.settings import RunConfig, TrainerConfig, ValidateConfig
+from simipu3d.engine.settings import RunConfig, TopConfig, TrainerConfig, ValidateConfig
 from simipu3d.registry import METHODS, OPTIMIZERS, POINT_ENCODERS, READERS, SCHEDULES, Registry
 
 TITLE = "# Every key of a configuration"
 HEAD = f"""{TITLE}
 
 Written by `simipu3d keys --write docs/configuration.md` from the models that validate a file; a test compares. Keys are typed:
-a number in quotes is no number, an unknown key is refused with the nearest known one. `simipu3d keys BLOCK` prints a part of it.
+a number in quotes is no number, an unknown key is refused with the nearest known one. `base: [FILE, ...]` at the top merges other
+files first. `simipu3d keys BLOCK` prints a part of it.
 """
 
 
@@ -38,7 +39,7 @@ class Key(NamedTuple):
 
 def blocks() -> dict[str, type[BaseModel]]:
     """Models by the place of their block; where a `name` chooses the model, it stands behind the block: `data: kitti`."""
-    found: dict[str, type[BaseModel]] = {}
+    found: dict[str, type[BaseModel]] = {"top level": TopConfig}
     for method in METHODS.names():
         config = METHODS[method].target.Config
         chosen = chosen_parts(config)

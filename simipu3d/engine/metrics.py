@@ -1,51 +1,9 @@
-"""How do a run's numbers come together, and how are they written? Means over batches and processes, metrics.csv, one line."""
+"""How do a run's numbers come together? Means over batches and processes, and one readable line."""
 
-import csv
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-
-
-class MetricsFile:
-    """metrics.csv: a row a logging step, appended; a new column rewrites the file.
-
-    Args:
-        path: the file.
-        keep_until: rows of later steps are cut (None: the file starts empty).
-    """
-
-    def __init__(self, path: Path, keep_until: int | None):
-        self.path = path
-        rows = self._read() if keep_until is not None else []
-        self._write([row for row in rows if row["step"] and int(row["step"]) <= (keep_until or 0)])
-
-    def _read(self) -> list[dict[str, str]]:
-        if not self.path.exists():
-            return []
-        with open(self.path, newline="", encoding="utf-8") as file:
-            return [row for row in csv.DictReader(file) if None not in row.values()]
-
-    def _write(self, rows: list[dict[str, Any]]) -> None:
-        self.columns = list(dict.fromkeys(key for row in rows for key in row))
-        part = self.path.with_name(f".{self.path.name}.part")
-        with open(part, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns)
-            if self.columns:
-                writer.writeheader()
-            writer.writerows(rows)
-        os.replace(part, self.path)
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Add a row at the end."""
-        if not set(row) <= set(self.columns):
-            self._write([*self._read(), row])
-            return
-        with open(self.path, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.columns).writerow(row)
 
 
 def average(parts: Sequence[tuple[Mapping[str, float], int]]) -> dict[str, float]:

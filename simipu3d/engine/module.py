@@ -3,6 +3,7 @@
 import logging
 import math
 import random
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,6 +19,7 @@ from simipu3d.data.loading.loader import BadFrameLimit, make_loader
 from simipu3d.data.loading.order import EpochSampler
 from simipu3d.engine.metrics import average
 from simipu3d.engine.optim import build_optimizer
+from simipu3d.engine.resume import check_progress, schedule_states
 from simipu3d.engine.run import git_commit
 from simipu3d.engine.settings import Settings
 from simipu3d.errors import UserError
@@ -192,6 +194,7 @@ class TrainingModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own = checkpoint["simipu3d"]
+        check_progress(checkpoint, self.trainer.fit_loop.state_dict(), Path(str(self.trainer.ckpt_path)))
         if own["num_samples"] != len(self.reader):
             raise UserError(
                 f"data.root: holds {len(self.reader)} frames of the split, the run was made with {own['num_samples']}; its place "
@@ -200,6 +203,7 @@ class TrainingModule(pl.LightningModule):
         self.start = (own["position"][0], own["position"][1])
         if own["world_size"] != self.trainer.world_size and self.start[1]:
             self.start = self._place_for_other_processes(own, checkpoint["loops"]["fit_loop"])
+        schedule_states(checkpoint["lr_schedulers"], own["global_step"], self.start[0])
         self.bad_frames.load_state_dict(own["bad_frames"])
         self.best = own.get("best")
 

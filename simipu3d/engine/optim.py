@@ -6,18 +6,21 @@ that steps, clipping, accumulation, mixed precision and schedulers keep their me
 
 import logging
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn as nn
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, MultiStepLR
 
 from simipu3d.config import PartConfig, parse_block, parse_part, to_plain
 from simipu3d.contracts.method import Method
+from simipu3d.engine.curve import Curve
+from simipu3d.engine.resume import keep_settings
 from simipu3d.errors import UserError
 from simipu3d.registry import OPTIMIZERS, SCHEDULES
 
@@ -172,8 +175,8 @@ class CompositeOptimizer(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore all optimizers from what `state_dict()` gave."""
-        super().load_state_dict(state_dict)
+        """Restore all optimizers from what `state_dict()` gave, with the settings that they were built with."""
+        super().load_state_dict(keep_settings(state_dict, self))
         self._share()
 
 
@@ -262,10 +265,15 @@ class StepsConfig(PartConfig):
     """Factor at each (mmdetection's default)."""
 
 
-def _follow(optimizer: Optimizer, curve: Callable[[int], float]) -> tuple[LambdaLR, str]:
-    """Learning rates times `curve(step)`. A function of the step and of the run's length alone: torch keeps no copy of it
-    in a checkpoint, so a resumed run with another max_steps follows the curve of its own length."""
-    return LambdaLR(optimizer, curve), "step"
+def _follow(optimizer: Optimizer, curve: Callable[[int], float]) -> tuple[Curve, str]:
+    """Learning rates times `curve(step)`."""
+    return Curve(optimizer, lambda base, step: base * curve(step), "step"), "step"
+
+
+def _multiplied(base: float, factor: float, times: int) -> float:
+    """base * factor * factor ..., in this order, as torch's own schedulers come to it; a power would be off in the last
+    bits."""
+    return reduce(lambda rate, _: rate * factor, range(times), base)
 
 
 def _rise(step: int, warmup_steps: int) -> float:
@@ -287,7 +295,7 @@ def constant(optimizer: Optimizer, config: ConstantConfig, num_steps: int) -> tu
 @SCHEDULES.register("exponential", config=ExponentialConfig)
 def exponential(optimizer: Optimizer, config: ExponentialConfig, num_steps: int) -> tuple[Any, str]:
     """Moved once an epoch."""
-    return ExponentialLR(optimizer, config.gamma), "epoch"
+    return Curve(optimizer, lambda base, epoch: _multiplied(base, config.gamma, epoch), "epoch"), "epoch"
 
 
 @SCHEDULES.register("cosine", config=CosineConfig)
@@ -319,4 +327,9 @@ def onecycle(optimizer: Optimizer, config: OneCycleConfig, num_steps: int) -> tu
 @SCHEDULES.register("milestones", config=StepsConfig)
 def milestones(optimizer: Optimizer, config: StepsConfig, num_steps: int) -> tuple[Any, str]:
     """Moved once an epoch."""
-    return MultiStepLR(optimizer, list(config.milestones), config.gamma), "epoch"
+    milestones = sorted(config.milestones)
+
+    def rate(base: float, epoch: int) -> float:
+        return _multiplied(base, config.gamma, bisect_right(milestones, epoch))
+
+    return Curve(optimizer, rate, "epoch"), "epoch"

@@ -5,7 +5,6 @@ The way: `tools/pretrain.py` -> here -> `methods/simipu.py` -> `contrast/info_nc
 
 import logging
 import os
-import re
 import sys
 import warnings
 from pathlib import Path
@@ -13,7 +12,6 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy
 
 from simipu3d.contracts.frame import FrameReader
 from simipu3d.contracts.method import DataInfo, Method
@@ -24,13 +22,20 @@ from simipu3d.data.loading.loader import (
     wants_of,
 )
 from simipu3d.engine.callbacks import Checkpoints, FiniteLoss, Metrics, Pictures, Progress
-from simipu3d.engine.init_weights import load_weights
+from simipu3d.engine.disk import disk_errors, write_whole
+from simipu3d.engine.limits import allow_open_files
 from simipu3d.engine.module import TrainingModule
 from simipu3d.engine.optim import check_branches
-from simipu3d.engine.run import AtomicCheckpointIO, RunDirectory, default_out, read_checkpoint, write_whole
+from simipu3d.engine.processes import WatchedDDP, lost_worker
+from simipu3d.engine.resume import check_fits, not_restored
+from simipu3d.engine.run import AtomicCheckpointIO, RunDirectory, default_out
 from simipu3d.engine.settings import Settings, TrainerConfig, load_settings
+from simipu3d.engine.signals import StopAtStep, StopSignals, leave_signals
+from simipu3d.engine.slurm import processes_of_job
 from simipu3d.errors import UserError
 from simipu3d.registry import METHODS
+from simipu3d.weights.files import read_checkpoint
+from simipu3d.weights.load import load_weights
 
 log = logging.getLogger(__name__)
 
@@ -48,17 +53,6 @@ def build_method(settings: Settings, data: DataInfo) -> Method:
     method = METHODS[settings.method].target(settings.blocks, data)
     check_branches(method, settings.optim)
     return method
-
-
-def check_weights(method: Method, path: Path) -> None:
-    """Raise `UserError` when a run's checkpoint lacks a tensor of the method, or holds one of another shape."""
-    state, own = read_checkpoint(path)["state_dict"], method.state_dict()
-    wrong = [name for name, value in own.items() if getattr(state.get(f"method.{name}"), "shape", None) != value.shape]
-    if wrong:
-        raise UserError(
-            f"{path}: {len(wrong)} tensors are missing or have another shape ({', '.join(wrong[:4])}); the file was changed; "
-            f"use another of {path.resolve().parent}"
-        )
 
 
 def _check_devices(config: TrainerConfig) -> None:
@@ -94,7 +88,7 @@ def _quiet_lightning(first_process: bool) -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def build_trainer(settings: Settings, run: RunDirectory) -> pl.Trainer:
+def build_trainer(settings: Settings, run: RunDirectory, stop: StopSignals) -> pl.Trainer:
     """Lightning's Trainer for a run."""
     own = settings.trainer
     callbacks: list[pl.Callback] = [
@@ -104,17 +98,19 @@ def build_trainer(settings: Settings, run: RunDirectory) -> pl.Trainer:
         Checkpoints(
             run, every_steps=settings.run.checkpoint_every_steps, keep_every_epochs=settings.run.keep_every_epochs
         ),
+        StopAtStep(stop, run),
     ]
     if sys.stderr.isatty():
         callbacks.append(Progress())
     many = own.devices != 1 or own.num_nodes != 1
-    return pl.Trainer(
+    processes = processes_of_job(own.devices, own.num_nodes)
+    trainer = pl.Trainer(
         max_steps=own.max_steps,
         max_epochs=own.max_epochs,
         accelerator=own.accelerator,
         devices=own.devices,
         num_nodes=own.num_nodes,
-        strategy=DDPStrategy(find_unused_parameters=False) if many else "auto",
+        strategy=WatchedDDP(find_unused_parameters=False) if many else "auto",
         precision=own.precision,
         accumulate_grad_batches=own.accumulate_grad_batches,
         gradient_clip_val=own.gradient_clip_val,
@@ -130,15 +126,17 @@ def build_trainer(settings: Settings, run: RunDirectory) -> pl.Trainer:
             name="tensorboard",
             version="",
             default_hp_metric=False,
-            purge_step=None if run.resumed_step is None else run.resumed_step + 1,
+            purge_step=0 if run.resumed_step is None else run.resumed_step + 1,
         ),
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *([processes] if processes else [])],
         callbacks=callbacks,
         use_distributed_sampler=False,
         enable_model_summary=False,
         enable_progress_bar=sys.stderr.isatty(),
         default_root_dir=run.path,
     )
+    leave_signals(trainer)
+    return trainer
 
 
 def build_module(settings: Settings, run: RunDirectory, init: Path | None = None) -> TrainingModule:
@@ -153,10 +151,11 @@ def build_module(settings: Settings, run: RunDirectory, init: Path | None = None
     if settings.validate_data is not None:
         held_out = build_reader(settings.validate_data, wants_of(needs))
         check_gives(held_out, needs, settings.validate_data)
-        warn_of_overlap(reader, held_out)
+        if (settings.data.name, settings.data.root) == (settings.validate_data.name, settings.validate_data.root):
+            warn_of_overlap(reader, held_out)
     init_lines = None
     if run.checkpoint is not None:
-        check_weights(method, run.checkpoint)
+        check_fits(read_checkpoint(run.checkpoint), method, run.checkpoint)
     elif init is not None:
         init_lines = load_weights(method, init)
     module = TrainingModule(settings, method, reader, held_out)
@@ -199,6 +198,7 @@ def pretrain(
 
     Raises:
         UserError: what the user can mend, in one line.
+        Stopped: a signal ended the run; its checkpoint is written.
     """
     if resume and init is not None:
         raise UserError("--init: a resumed run has its weights already; leave out --init or --resume")
@@ -206,33 +206,40 @@ def pretrain(
     _quiet_lightning(first_process)
     settings = load_settings(cfg, sets)
     _check_devices(settings.trainer)
+    allow_open_files(settings.data.num_workers)
     if resume == "" and out is None:
         raise UserError("--resume: say which run with --out DIR, or which checkpoint with --resume FILE")
     if resume and out is None:
         out = Path(resume).resolve().parent.parent
     out = Path(os.environ.get(OUT_VARIABLE) or out or default_out(cfg))
-    run = RunDirectory(out, settings.to_plain(), resume if first_process else resume or "")
-    module = build_module(settings, run, init)
-    if first_process:
-        module.reader.prepare()
-        if module.held_out_reader is not None:
-            module.held_out_reader.prepare()
-        run.create(settings.to_plain())
-        if module.init_lines is not None:
-            write_whole(out / "init.txt", "\n".join(module.init_lines) + "\n")
-        os.environ[OUT_VARIABLE] = str(out)
-    if run.checkpoint is not None:
-        log.info("resuming from step %d: %s", run.resumed_step, run.checkpoint)
-    try:
-        build_trainer(settings, run).fit(module, ckpt_path=run.checkpoint, weights_only=True)
-    except RuntimeError as error:
-        if not re.search(r"DataLoader worker.*(killed|exited)", str(error)):
-            raise
-        raise UserError(
-            "a data worker was killed, by a signal or for want of memory; go on with --resume, perhaps with another "
-            "data.num_workers"
-        ) from error
-    finally:
-        if first_process:
-            os.environ.pop(OUT_VARIABLE, None)
+    with StopSignals(first_process, out) as stop:
+        _train(settings, out, resume if first_process else resume or "", init, stop)
     return out
+
+
+def _train(settings: Settings, out: Path, resume: str | None, init: Path | None, stop: StopSignals) -> None:
+    """The work of `pretrain` in its folder, which is locked meanwhile."""
+    run = RunDirectory(out, settings.to_plain(), resume, writes=stop.first_process)
+    try:
+        module = build_module(settings, run, init)
+        if stop.first_process:
+            module.reader.prepare()
+            if module.held_out_reader is not None:
+                module.held_out_reader.prepare()
+            run.create(settings.to_plain())
+            if module.init_lines is not None:
+                write_whole(out / "init.txt", "\n".join(module.init_lines) + "\n")
+            os.environ[OUT_VARIABLE] = str(out)
+        if run.checkpoint is not None:
+            log.info("resuming from step %d: %s", run.resumed_step, run.checkpoint)
+        with disk_errors(out):
+            build_trainer(settings, run, stop).fit(module, ckpt_path=run.checkpoint, weights_only=True)
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+        known = None if isinstance(error, UserError) else lost_worker(error) or not_restored(error, run.checkpoint)
+        if known is None:
+            raise
+        raise known from error
+    finally:
+        run.release()
+        if stop.first_process:
+            os.environ.pop(OUT_VARIABLE, None)

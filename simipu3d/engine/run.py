@@ -7,17 +7,15 @@ metrics.csv            a row a logging step; on resume, later rows are cut
 tensorboard/           the same, and pictures
 checkpoints/last.ckpt  and the kept ones; written whole or not at all; read with weights_only
 pictures/              projected points, matched pairs, feature maps as colours
+.lock                  held by the process that writes the run
 """
 
 import json
 import logging
-import os
-import pickle
 import platform
 import subprocess
 import sys
 import time
-import zipfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,8 +25,11 @@ from lightning.fabric.plugins import CheckpointIO
 
 import simipu3d
 from simipu3d.config import changed_keys, dump_yaml
+from simipu3d.engine.disk import cannot_write, remove_parts, whole_file, write_whole
+from simipu3d.engine.lock import RunLock
+from simipu3d.engine.resume import SCHEDULED, check_checkpoint, newest_checkpoint
 from simipu3d.errors import UserError
-from simipu3d.moved_keys import upgrade
+from simipu3d.weights.files import read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +41,7 @@ RESUMABLE_CHANGES = (
     "data.root",
     "image_encoder.gradient_checkpointing",
 )
-"""Keys that may differ between a run and its continuation."""
-
-
-RUN_KEYS = {"config", "method", "global_step"}
-RESUME_KEYS = {*RUN_KEYS, "position", "bad_frames", "num_samples", "world_size"}
-"""What the `simipu3d` block of a checkpoint holds at least: to take weights from it, and to go on with the run."""
+"""Keys that may differ between a run and its continuation, beside learning rates, weight decay and schedule."""
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -55,12 +51,14 @@ class AtomicCheckpointIO(CheckpointIO):
         """Write a checkpoint whole or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        with open(part, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with whole_file(path) as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:
+                # torch's writer hides the error of the file below one of its own.
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from error
+                raise
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: Any = True) -> dict[str, Any]:
         """Read a checkpoint; tensors and plain values only, whatever the caller asks for."""
@@ -69,38 +67,6 @@ class AtomicCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete a checkpoint that is no longer kept."""
         Path(path).unlink(missing_ok=True)
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A simipu3d checkpoint as tensors and plain values.
-
-    Raises:
-        UserError: it is missing, damaged, or not one of ours.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint")
-    way_out = f"use another of {path.resolve().parent}"
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch writes check sums and does not look at them
-            broken = archive.testzip()
-        if broken:
-            raise UserError(f"{path}: damaged: {broken} in it fails its check sum; {way_out}")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        what = (
-            "holds more than tensors and plain values"
-            if isinstance(error, pickle.UnpicklingError)
-            else "cut or foreign"
-        )
-        raise UserError(f"{path}: damaged, or not a checkpoint ({what}); {way_out}") from error
-    own = checkpoint.get("simipu3d") if isinstance(checkpoint, dict) else None
-    if not isinstance(own, dict) or RUN_KEYS - own.keys() or "state_dict" not in checkpoint:
-        raise UserError(
-            f"{path}: not a checkpoint of simipu3d pretrain; weights of other origin go to --init or image_encoder.pretrained"
-        )
-    own["config"] = upgrade(own["config"])
-    return checkpoint
 
 
 def default_out(cfg: str | Path) -> Path:
@@ -114,37 +80,65 @@ class RunDirectory:
     Args:
         path: the folder.
         resolved: the whole configuration with every default.
-        resume: None for a fresh start; "" for last.ckpt of the folder (or a fresh start where there is none); else a path.
+        resume: None for a fresh start; "" for the newest checkpoint of the folder (or a fresh start where there is none);
+            else a path.
+        writes: whether this process is the one that writes; it locks the folder until `release`.
 
     Raises:
-        UserError: the folder holds a run, is not writable, or the configuration differs from the run's.
+        UserError: the folder holds a run, is written by another process, is not writable, or the configuration differs
+            from the run's.
     """
 
-    def __init__(self, path: Path, resolved: dict[str, Any], resume: str | None):
+    def __init__(self, path: Path, resolved: dict[str, Any], resume: str | None, *, writes: bool = False):
         self.path = path
+        self.lock = RunLock(path)
         self.checkpoints = path / "checkpoints"
         self.pictures = path / "pictures"
         self.checkpoint: Path | None = None
         self.resumed_step: int | None = None
-        # A run that died before its first row or checkpoint leaves nothing worth keeping.
-        metrics = path / "metrics.csv"
-        holds_run = any(self.checkpoints.glob("*.ckpt")) or (metrics.exists() and metrics.stat().st_size > 0)
-        if resume is None and holds_run:
-            raise UserError(f"{path}: holds a run already; continue it with --resume, or choose another --out")
-        if resume and holds_run and Path(resume).resolve().parent != self.checkpoints.resolve():
-            raise UserError(f"{path}: holds another run than {resume}; choose another --out")
-        if resume:
-            self.checkpoint = Path(resume)
-        elif resume is not None and self.last.exists():
-            self.checkpoint = self.last
+        self.fresh = resume is None
+        if writes and path.is_dir():
+            self._take_lock()
+        try:
+            self._open(resolved, resume)
+        except BaseException:
+            self.release()
+            raise
+
+    def _open(self, resolved: dict[str, Any], resume: str | None) -> None:
+        """Find the checkpoint to go on from, and see that it belongs to this run."""
+        if self.fresh:
+            self._check_empty()
+        if resume and self._holds_run() and Path(resume).resolve().parent != self.checkpoints.resolve():
+            raise UserError(f"{self.path}: holds another run than {resume}; choose another --out")
+        self.checkpoint = Path(resume) if resume else None if self.fresh else newest_checkpoint(self.checkpoints)
         if self.checkpoint is not None:
             self._check_same_run(resolved)
-        elif resume is not None:
-            log.info("no checkpoint in %s: starting afresh", path)
+        elif not self.fresh:
+            log.info("no checkpoint in %s: starting afresh", self.path)
+
+    def _take_lock(self) -> None:
+        try:
+            self.lock.take()
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def release(self) -> None:
+        """Unlock the folder."""
+        self.lock.release()
+
+    def _holds_run(self) -> bool:
+        # A run that died before its first row or checkpoint leaves nothing worth keeping.
+        metrics = self.path / "metrics.csv"
+        return any(self.checkpoints.glob("*.ckpt")) or (metrics.exists() and metrics.stat().st_size > 0)
+
+    def _check_empty(self) -> None:
+        if self._holds_run():
+            raise UserError(f"{self.path}: holds a run already; continue it with --resume, or choose another --out")
 
     @property
     def last(self) -> Path:
-        """The newest checkpoint."""
+        """Where the newest checkpoint is written."""
         return self.checkpoints / "last.ckpt"
 
     @property
@@ -154,9 +148,8 @@ class RunDirectory:
 
     def _check_same_run(self, resolved: dict[str, Any]) -> None:
         checkpoint = read_checkpoint(self.checkpoint)
+        check_checkpoint(checkpoint, self.checkpoint)
         old = checkpoint["simipu3d"]
-        if {"optimizer_states", "lr_schedulers", "loops"} - checkpoint.keys() or RESUME_KEYS - old.keys():
-            raise UserError(f"{self.checkpoint}: holds weights but no state of a run; start from it with --init")
         self.resumed_step = old["global_step"]
         if old["config"]["method"] != resolved["method"]:
             raise UserError(
@@ -166,34 +159,46 @@ class RunDirectory:
         changes = changed_keys(old["config"], resolved)
         for key, (before, after) in changes.items():
             log.info("changed since the checkpoint: %s: %s -> %s", key, before, after)
-        refused = [key for key in changes if not key.startswith(RESUMABLE_CHANGES)]
+        refused = [key for key in changes if not (key.startswith(RESUMABLE_CHANGES) or SCHEDULED.match(key))]
         if refused:
             raise UserError(
                 f"{self.checkpoint}: was made with another value of {', '.join(refused)}; only trainer.*, run.*, "
-                "data.num_workers, data.root and image_encoder.gradient_checkpointing may change on --resume; --init "
-                "starts a new run from its weights"
+                "schedule.*, optim.*.lr, optim.*.weight_decay, data.num_workers, data.root and "
+                "image_encoder.gradient_checkpointing may change on --resume; --init starts a new run from its weights"
             )
 
     def create(self, resolved: dict[str, Any]) -> None:
-        """Make the folder and write config.yaml and environment.json."""
+        """Make the folder, lock it, and write config.yaml and environment.json."""
         try:
-            for folder in (self.path, self.checkpoints, self.pictures):
-                folder.mkdir(parents=True, exist_ok=True)
-            write_whole(self.path / "config.yaml", dump_yaml(resolved))
-            file = self.path / "environment.json"
-            starts = json.loads(file.read_text()) if file.exists() and self.checkpoint else []
-            write_whole(file, json.dumps([*starts, environment()], indent=1))
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock.take()
+            if self.fresh:
+                self._check_empty()  # another process may have made a run since this one looked
+            for folder in (self.checkpoints, self.pictures):
+                folder.mkdir(exist_ok=True)
+            for folder in (self.path, self.checkpoints):
+                remove_parts(folder)
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another --out") from error
-        if not os.access(self.path, os.W_OK):
-            raise UserError(f"{self.path}: cannot be written; choose another --out")
+            raise cannot_write(self.path, error) from error
+        starts = self._starts()
+        write_whole(self.path / "config.yaml", dump_yaml(resolved))
+        write_whole(self.path / "environment.json", json.dumps([*starts, environment()], indent=1))
 
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    def _starts(self) -> list[Any]:
+        """The earlier entries of environment.json, for a run that goes on."""
+        file = self.path / "environment.json"
+        if self.checkpoint is None or not file.exists():
+            return []
+        try:
+            starts = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(starts, list):
+                raise ValueError("no list")
+        except (ValueError, RecursionError, OSError) as error:
+            raise UserError(
+                f"{file}: not the list of this run's starts ({' '.join(str(error).split())}); move it away: the run goes on "
+                "and writes a new one"
+            ) from error
+        return starts
 
 
 def git_commit() -> tuple[str | None, bool | None]:

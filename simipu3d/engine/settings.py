@@ -140,8 +140,15 @@ class DataSettings:
     needs: Needs | None
 
 
-class _Seed(PartConfig):
+class TopConfig(PartConfig):
+    """The keys that stand at the top of a file beside the blocks."""
+
+    method: str
+    """What is trained: a registered name (`METHODS`)."""
+    plugins: tuple[str, ...] = ()
+    """Modules that register parts of your own; imported before anything is validated."""
     seed: int = Field(default=0, ge=0, lt=2**31)
+    """Weights, order of the data and every draw are a function of it."""
 
 
 OWN_BLOCKS = ("data", "augment", "prepare", "optim", "schedule", "validate", "trainer", "run", "seed", "plugins")
@@ -181,7 +188,7 @@ def parse_settings(raw: dict[str, Any], source: str) -> Settings:
         schedule=parse_part("schedule", SCHEDULES, raw.get("schedule") or {"name": "constant"}),
         trainer=parse_block("trainer", TrainerConfig, raw.get("trainer")),
         run=parse_block("run", RunConfig, raw.get("run")),
-        seed=parse_block("", _Seed, {"seed": raw.get("seed", 0)}).seed,
+        seed=parse_block("", TopConfig, {"method": name, "seed": raw.get("seed", 0)}).seed,
         validate=validate,
         validate_data=None if validate is None else _validate_data(raw, validate),
         plugins=plugins,

@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from simipu3d.config import PartConfig, parse_block, parse_part
 from simipu3d.encoders.image import ImageEncoder, ImageEncoderConfig
 from simipu3d.engine.plugins import require_plugins
-from simipu3d.engine.run import read_checkpoint
 from simipu3d.errors import UserError
 from simipu3d.registry import POINT_ENCODERS
-from simipu3d.weights.files import some_names
+from simipu3d.weights.files import read_checkpoint, some_names
 
 IMAGE_PREFIX = "method.image_encoder."
 POINT_PREFIX = "method.point_encoder."

@@ -1,7 +1,7 @@
-"""Which points lie in a labelled box, where are its corners, and where does it go when its frame is moved?
+"""Where are the corners of a labelled box, and where does it go when its frame is moved?
 
 Boxes are geometric centre, (length, width, height) and yaw counter-clockwise from +x, in the lidar frame, metres and
-radians. Shapes: K boxes, N points.
+radians. Shapes: K boxes.
 """
 
 import numpy as np
@@ -65,13 +65,3 @@ def move_boxes(
         np.where(turned >= np.pi, -np.pi, turned),
         moved_velocity,
     )
-
-
-def points_in_boxes(xyz: NDArray, center: NDArray, size: NDArray, yaw: NDArray) -> NDArray[np.bool_]:
-    """(K, N) bool: is point n inside box k (faces included)?"""
-    offset = np.asarray(xyz, dtype=np.float64)[None] - np.asarray(center, dtype=np.float64)[:, None]
-    cos, sin = np.cos(yaw)[:, None], np.sin(yaw)[:, None]
-    along = offset[..., 0] * cos + offset[..., 1] * sin
-    across = -offset[..., 0] * sin + offset[..., 1] * cos
-    half = np.asarray(size, dtype=np.float64)[:, None] / 2
-    return (np.abs(along) <= half[..., 0]) & (np.abs(across) <= half[..., 1]) & (np.abs(offset[..., 2]) <= half[..., 2])

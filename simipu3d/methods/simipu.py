@@ -112,7 +112,7 @@ class EncodedView:
     Attributes:
         tokens: of the view.
         xyz: (M, 3) where they are in the lidar frame, metres.
-        copies: (M,) id of each token; equal ids are copies of one lidar point, within a view and across the two.
+        copies: (M,) id of each token, unique in the view but for copies of one lidar point.
     """
 
     tokens: PointTokens
@@ -320,7 +320,14 @@ class SimIPU(Method):
             return 0.0
         return sum(parameter.sum() * 0 for parameter in self.parameters() if parameter.requires_grad)
 
-    def _contrast(self, query: Tensor, key: Tensor, ids: tuple[Tensor, ...], batch_index: Tensor) -> ContrastResult:
+    def _contrast(
+        self,
+        query: Tensor,
+        key: Tensor,
+        ids: tuple[Tensor, ...],
+        batch_index: Tensor,
+        cross_ids: tuple[Tensor, Tensor] | None = None,
+    ) -> ContrastResult:
         """InfoNCE with the negatives that the configuration chooses. A held-out loss must not depend on how many processes
         measure it, so that rows of other processes take part in training only."""
         contrast = self.config.contrast
@@ -329,15 +336,20 @@ class SimIPU(Method):
             key,
             contrast.temperature,
             ids=ids,
+            cross_ids=cross_ids,
             scene=batch_index if contrast.negatives == "scene" else None,
             all_ranks=contrast.negatives == "all_ranks" and self.training,
         )
 
     def _intra_result(self, first: EncodedView, part: IntraPart) -> ContrastResult:
         ids: tuple[Tensor, ...] = ()
+        cross_ids = None
+        rows = part.pairs
         if self.config.contrast.mask_duplicates:
-            ids = (first.copies[part.pairs.first], part.second.copies[part.pairs.second])
-        return self._contrast(part.query, part.key, ids, first.tokens.batch_index[part.pairs.first])
+            ids = (first.copies[rows.first], part.second.copies[rows.second])
+            # A rule that is not exact may leave a token's own lidar point to another row: that key is no negative either.
+            cross_ids = (_raw_points(first.tokens)[rows.first], _raw_points(part.second.tokens)[rows.second])
+        return self._contrast(part.query, part.key, ids, first.tokens.batch_index[rows.first], cross_ids)
 
     def _inter_result(self, first: EncodedView, part: InterPart) -> ContrastResult:
         contrast = self.config.contrast
@@ -371,6 +383,12 @@ def _copies(tokens: PointTokens) -> Tensor:
     own = tokens.batch_index * max(stride, 1) + tokens.source_index
     highest = int(own.max()) + 1 if len(row) else 0
     return torch.where(tokens.source_index >= 0, own, highest + row)
+
+
+def _raw_points(tokens: PointTokens) -> Tensor:
+    """(M,) ids of the lidar points that tokens sit on, the same in both views of a frame; -1 for tokens on none."""
+    own = tokens.batch_index * (1 << 32) + tokens.source_index
+    return torch.where(tokens.source_index >= 0, own, -1)
 
 
 def _scalar(value: int, view: EncodedView) -> Tensor:

@@ -18,7 +18,6 @@ from simipu3d.contracts.tokens import FeatureMap
 from simipu3d.data.loading.loader import build_reader, make_loader, wants_of
 from simipu3d.encoders.image import ImageEncoder
 from simipu3d.engine.pretrain import build_method
-from simipu3d.engine.run import read_checkpoint
 from simipu3d.engine.settings import Settings, parse_settings
 from simipu3d.errors import UserError
 from simipu3d.pictures import depth_as_colours, features_as_colours, overlay_points, page
@@ -33,6 +32,7 @@ from simipu3d.probe.linear import (
 )
 from simipu3d.probe.retrieval import chance_top1, retrieval_top1
 from simipu3d.probe.table import ProbeTable, probe_table
+from simipu3d.weights.files import read_checkpoint
 
 NUM_CALIBRATION = 128
 """Training images that BatchNorm statistics of every probed backbone are averaged over."""

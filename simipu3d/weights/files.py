@@ -1,54 +1,53 @@
-"""Which tensors of a weights file belong to this backbone?
+"""What does a weights file hold? Named tensors, and what it says about itself.
 
-Files are never trusted: safetensors, or torch files read with `weights_only`. A load is all or nothing: every tensor of
-the backbone must come from the file with its shape, and the report names what was used and what was left.
+Files are never trusted: safetensors, or torch files read without running anything in them. Whatever a damaged file makes a
+reader stumble over becomes one line; a file that is something else (a web page, a Git LFS pointer) is named for what it is.
 """
 
+import json
+import math
 import pickle
-import warnings
+import struct
 import zipfile
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from simipu3d.errors import UserError
+from simipu3d.moved_keys import upgrade
+from simipu3d.weights.plain_pickle import load_plain
 
-_NESTED = ("state_dict", "model", "model_state")
-_CLASSIFIERS = ("fc.", "head.", "classifier.")
+WRAPPERS = (
+    "state_dict",
+    "model",
+    "model_state",
+    "model_state_dict",
+    "net",
+    "network",
+    "weights",
+)
+"""Entries of a file that only wrap its tensors; others become a part of the names, as `teacher.`."""
+RUN_KEYS = frozenset({"config", "method", "global_step"})
+"""What the `simipu3d` block of a checkpoint of ours holds at least."""
+_MOST_VALUES = 1 << 28
+"""A tensor that claims more values than this must also store them."""
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """What a weights file gave.
+class WeightsFile(NamedTuple):
+    """A file that was read.
 
     Attributes:
-        source: the file.
-        prefix: what stood before the backbone's names in it.
-        loaded: names of the backbone's tensors that came from the file.
-        not_in_file: names that did not (only BatchNorm's step counters may be missing).
-        classifier: names of classifier tensors in the file; ignored.
-        left_over: all other names in the file that were not used.
+        tensors: by name; a wrapper of the whole is cut off.
+        meta: what the file says about itself (our exports do), else empty.
+        run: of a checkpoint of ours, its `simipu3d` block; else None.
     """
 
-    source: str
-    prefix: str
-    loaded: tuple[str, ...]
-    not_in_file: tuple[str, ...]
-    classifier: tuple[str, ...]
-    left_over: tuple[str, ...]
-
-    def __str__(self) -> str:
-        under = f" under {self.prefix!r}" if self.prefix else ""
-        return (
-            f"{self.source}: {len(self.loaded)} tensors loaded{under}; "
-            f"not in the file: {some_names(self.not_in_file)}; "
-            f"ignored classifier: {some_names(self.classifier)}; left over: {some_names(self.left_over)}"
-        )
+    tensors: dict[str, Tensor]
+    meta: Mapping[str, Any]
+    run: Mapping[str, Any] | None
 
 
 def some_names(names: Iterable[str], count: int = 4) -> str:
@@ -65,6 +64,43 @@ def _check_is_file(path: Path, what: str) -> None:
         raise UserError(f"{what}: {path}: no such file")
 
 
+def _begin(path: Path, what: str) -> bytes:
+    """The file's first bytes."""
+    _check_is_file(path, what)
+    try:
+        with path.open("rb") as file:
+            return file.read(4096)
+    except OSError as error:
+        raise UserError(f"{what}: {path}: cannot be read ({error.strerror})") from error
+
+
+def _is_safetensors(begin: bytes) -> bool:
+    """Eight bytes of length, then JSON."""
+    return len(begin) > 8 and begin[8:9] == b"{" and struct.unpack("<Q", begin[:8])[0] < 1 << 32
+
+
+def _check_kind(begin: bytes, path: Path, what: str) -> None:
+    """Refuse what is no weights file at all, by its name."""
+    text = begin[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    kind = ""
+    if text.startswith(b"version https://git-lfs"):
+        kind = "is a Git LFS pointer, not the file itself; fetch it with git lfs pull"
+    elif text.startswith((b"<!doctype html", b"<html", b"<?xml", b"<head", b"<script")):
+        kind = "is a web page, not a weights file; download it again, perhaps after a login"
+    elif text.startswith((b'{"', b"{\n", b"{\r", b"[{")):
+        kind = "is a JSON text, not a weights file"
+    elif begin.startswith((b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!", b"BZh", b"\xfd7zXZ")):
+        kind = "is a compressed archive; unpack it and give the weights file in it"
+    elif begin.startswith(b"\x89HDF"):
+        kind = "is an HDF5 file (Keras); save the tensors with torch.save or safetensors"
+    elif begin.startswith(b"\x93NUMPY"):
+        kind = "is a numpy array; save named tensors with torch.save or safetensors"
+    elif not begin:
+        kind = "is empty, so damaged; fetch it again"
+    if kind:
+        raise UserError(f"{what}: {path}: {kind}")
+
+
 def read_torch_file(path: Path, what: str) -> Any:
     """Content of a torch file, on the CPU, without executing anything in it.
 
@@ -73,13 +109,14 @@ def read_torch_file(path: Path, what: str) -> Any:
         what: the key or option that named it, for errors.
 
     Raises:
-        UserError: it is missing, damaged, or holds more than tensors and plain values.
+        UserError: it is missing, damaged, something else, or holds more than tensors and plain values.
     """
-    _check_is_file(path, what)
+    begin = _begin(path, what)
+    _check_kind(begin, path, what)
+    if _is_safetensors(begin):
+        raise UserError(f"{what}: {path}: is a safetensors file; name it {path.with_suffix('.safetensors').name}")
     try:
-        with warnings.catch_warnings():  # about pickle protocols, which a damaged file has at random
-            warnings.simplefilter("ignore", UserWarning)
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return load_plain(path)
     except pickle.UnpicklingError as error:
         if any(words in str(error) for words in ("GLOBAL", "Can only", "Unsupported operand")):
             doubt = " (or is damaged)" if "Unsupported operand" in str(error) else ""
@@ -88,129 +125,116 @@ def read_torch_file(path: Path, what: str) -> Any:
                 "values only, where it comes from, as torch.save(model.state_dict(), FILE) does"
             ) from error
         raise UserError(f"{what}: {path}: is no torch file, or damaged") from error
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        zipfile.BadZipFile,
-    ) as error:
+    except Exception as error:  # torch's reader raises every kind, whatever a damaged file makes it stumble over
         raise UserError(
             f"{what}: {path}: cannot be read as a torch file ({type(error).__name__}); it may be damaged"
         ) from error
 
 
-def read_weights(path: Path, what: str) -> dict[str, Tensor]:
-    """Named tensors of a safetensors or torch file; a `state_dict`, `model` or `model_state` entry is looked into.
+def _read_safetensors(path: Path, what: str) -> WeightsFile:
+    from safetensors import safe_open
 
-    Raises:
-        UserError: it is missing, damaged, or holds no named tensors.
-    """
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        _check_is_file(path, what)
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{what}: {path}: cannot be read as safetensors ({error}); it may be damaged") from error
-    content = read_torch_file(path, what)
-    nested = [content[key] for key in _NESTED if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)]
-    entries = nested[0] if nested else content
-    tensors = {}
-    if isinstance(entries, Mapping):
-        tensors = {
-            name: value for name, value in entries.items() if isinstance(name, str) and isinstance(value, Tensor)
-        }
-    if not tensors:
-        raise UserError(f"{what}: {path}: holds no named tensors, neither at its top nor under {', '.join(_NESTED)}")
-    return tensors
+    begin = _begin(path, what)
+    _check_kind(begin, path, what)
+    if not _is_safetensors(begin) and zipfile.is_zipfile(path):
+        raise UserError(f"{what}: {path}: is a torch file, no safetensors; name it {path.with_suffix('.pth').name}")
+    try:
+        with safe_open(path, "pt") as file:
+            about = (file.metadata() or {}).get("simipu3d")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+        meta = json.loads(about) if about else {}
+    except Exception as error:  # as above: its own error, and those of what it calls
+        raise UserError(f"{what}: {path}: cannot be read as safetensors ({error}); it may be damaged") from error
+    return WeightsFile(tensors, meta if isinstance(meta, Mapping) else {}, None)
 
 
-def load_pretrained(trunk: nn.Module, path: Path, what: str, *, not_run: Iterable[str] = ()) -> LoadReport:
-    """Load a weights file into a backbone, completely or not at all.
+def _named_tensors(content: Mapping[Any, Any], before: str, depth: int, found: dict[str, Tensor]) -> None:
+    for name, value in content.items():
+        if isinstance(name, str) and isinstance(value, Tensor):
+            found.setdefault(before + name, value)
+    wrapped = False  # of several wrappers only the first is bare
+    inner = [name for name, value in content.items() if isinstance(name, str) and isinstance(value, Mapping)]
+    for name in sorted(inner, key=lambda name: WRAPPERS.index(name) if name in WRAPPERS else len(WRAPPERS)):
+        if depth and name not in ("simipu3d", "meta"):
+            bare = name in WRAPPERS and not wrapped
+            count = len(found)
+            _named_tensors(content[name], before if bare else f"{before}{name}.", depth - 1, found)
+            wrapped |= bare and len(found) > count
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], path: Path, what: str) -> None:
+    for name, value in tensors.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_complex() or value.is_meta:
+            raise UserError(
+                f"{what}: {path}: {name} is sparse, quantized, complex or without values; save it as float32"
+            )
+        if value.numel() > _MOST_VALUES and value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            size = math.prod(value.shape)
+            raise UserError(f"{what}: {path}: {name} claims {size} values and does not hold them; the file is damaged")
+
+
+def read_file(path: Path, what: str) -> WeightsFile:
+    """Named tensors of a safetensors or torch file, and what it says about itself.
+
+    Entries that only wrap the tensors (`WRAPPERS`) are looked through; those of another entry get its name in front, as
+    `teacher.backbone.conv1.weight`.
 
     Args:
-        trunk: the backbone; its tensors are overwritten in place.
-        path: .safetensors, or a torch file with a state dict in timm's (for ResNets: torchvision's) names. One prefix
-            before the names is cut off when only one prefix completes the backbone.
-        what: the key that named the file, for errors.
-        not_run: names of the architecture that this backbone was built without; they may be in the file.
+        path: the file.
+        what: the key or option that named it, for errors.
 
     Raises:
-        UserError: the file cannot be read; no prefix, or more than one, fits; a tensor is missing, has another shape
-            or is not finite; or the file holds more of this network than this backbone has (another depth).
+        UserError: it is missing, damaged, something else, or holds no named tensors.
     """
-    tensors = read_weights(path, what)
-    own = trunk.state_dict()
-    prefix = _find_prefix(tensors, own, f"{what}: {path}")
-    found = {name: tensors[prefix + name] for name in own if prefix + name in tensors}
-    wrong = [name for name, value in found.items() if value.shape != own[name].shape]
-    if wrong:
-        name = wrong[0]
-        raise UserError(
-            f"{what}: {path}: {len(wrong)} tensors have another shape than the backbone's, first {name}: "
-            f"{tuple(found[name].shape)} in the file, {tuple(own[name].shape)} wanted; "
-            "check image_encoder.name and model_args"
-        )
-    bad = [name for name, value in found.items() if value.is_floating_point() and not value.isfinite().all()]
-    if bad:
-        raise UserError(f"{what}: {path}: {some_names(bad)} hold NaN or infinite values; take another file")
-    others = {name for name in tensors if name not in {prefix + name for name in own}}
-    inner = {name: name.removeprefix(prefix) for name in others if name.startswith(prefix)}
-    classifier = {full for full, name in inner.items() if name.startswith(_CLASSIFIERS)}
-    parts = {name.partition(".")[0] for name in own}
-    not_run = set(not_run)
-    surplus = [
-        n for full, n in inner.items() if full not in classifier and n not in not_run and n.partition(".")[0] in parts
-    ]
-    if surplus:
-        raise UserError(
-            f"{what}: {path}: holds {len(surplus)} tensors that this backbone does not have "
-            f"({some_names(sorted(surplus))}): it is another architecture or depth; check image_encoder.name"
-        )
-    with torch.no_grad():
-        for name, value in found.items():
-            own[name].copy_(value)
-    return LoadReport(
-        str(path),
-        prefix,
-        tuple(found),
-        tuple(name for name in own if name not in found),
-        tuple(sorted(classifier)),
-        tuple(sorted(others - classifier)),
-    )
+    if path.suffix == ".safetensors":
+        file = _read_safetensors(path, what)
+    else:
+        content = read_torch_file(path, what)
+        tensors: dict[str, Tensor] = {}
+        meta = run = None
+        if isinstance(content, Mapping):
+            _named_tensors(content, "", 2, tensors)
+            meta, run = content.get("meta"), content.get("simipu3d")
+        own = isinstance(run, Mapping) and "state_dict" in content
+        file = WeightsFile(tensors, meta if isinstance(meta, Mapping) else {}, run if own else None)
+    if not file.tensors:
+        raise UserError(f"{what}: {path}: holds no named tensors, neither at its top nor under {', '.join(WRAPPERS)}")
+    _check_tensors(file.tensors, path, what)
+    return file
 
 
-def _find_prefix(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> str:
-    """The one prefix under which the file has every tensor of the backbone (step counters may be missing)."""
-    needed = {name for name in own if not name.endswith("num_batches_tracked")}
-    hits: Counter[str] = Counter()
-    for name in tensors:
-        start = 0
-        while start >= 0:
-            if name[start:] in needed:
-                hits[name[:start]] += 1
-            start = name.find(".", start) + 1 or -1
-    complete = [prefix for prefix, count in hits.items() if count == len(needed)]
-    if len(complete) > 1:
+def read_weights(path: Path, what: str) -> dict[str, Tensor]:
+    """The tensors of `read_file` alone."""
+    return read_file(path, what).tensors
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint of this project as tensors and plain values.
+
+    Raises:
+        UserError: it is missing, damaged, or not one of ours.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    way_out = f"use another of {path.resolve().parent}"
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch writes check sums and does not look at them
+            broken = archive.testzip()
+        if broken:
+            raise UserError(f"{path}: damaged: {broken} in it fails its check sum; {way_out}")
+        checkpoint = load_plain(path)
+    except UserError:
+        raise
+    except Exception as error:  # zip and torch raise every kind, whatever a damaged file makes them stumble over
+        objects = isinstance(error, pickle.UnpicklingError)
+        what = "holds more than tensors and plain values" if objects else f"cut or foreign, {type(error).__name__}"
+        raise UserError(f"{path}: damaged, or not a checkpoint ({what}); {way_out}") from error
+    own = checkpoint.get("simipu3d") if isinstance(checkpoint, dict) else None
+    whole = isinstance(own, dict) and not RUN_KEYS - own.keys() and isinstance(own["config"], dict)
+    if not whole or not isinstance(checkpoint.get("state_dict"), dict):
         raise UserError(
-            f"{source}: holds this backbone {len(complete)} times, under {', '.join(map(repr, sorted(complete)))}; "
-            "save the one that is meant to a file of its own"
+            f"{path}: not a checkpoint of simipu3d pretrain; weights of other origin go to --init or image_encoder.pretrained"
         )
-    if complete:
-        return complete[0]
-    if not hits:
-        raise UserError(
-            f"{source}: none of its {len(tensors)} tensors ({some_names(tensors)}) belongs to this backbone"
-        )
-    prefix, count = hits.most_common(1)[0]
-    missing = sorted(name for name in needed if prefix + name not in tensors)
-    raise UserError(
-        f"{source}: holds only {count} of the {len(needed)} tensors of this backbone (under {prefix!r}); "
-        f"missing: {some_names(missing)}; check image_encoder.name and model_args"
-    )
+    own["config"] = upgrade(own["config"])
+    return checkpoint

@@ -1,4 +1,4 @@
-"""What are our point encoders' tensors called elsewhere, and how do sparse weights lie there?
+"""What are our encoders' tensors called elsewhere, and how do sparse weights lie there?
 
 One table serves both ways: export writes the foreign names, `--init` looks for them. A name that has no counterpart is
 None. Sparse weights are (out, kz, ky, kx, in) here, the layout of spconv 2. Facts: OpenPCDet, mmdetection3d, Pointcept
@@ -136,3 +136,62 @@ def from_minkowski(weight: Tensor, shape: torch.Size) -> Tensor | None:
     if len(shape) == 1 and weight.shape == (1, *shape):
         return weight[0]
     return weight if weight.shape == shape else None
+
+
+def swin_mmdet(name: str) -> str:
+    """mmdetection's name of a tensor of timm's Swin."""
+    match = re.fullmatch(r"layers\.(\d)\.(.*)", name)
+    if match is None:
+        name = name.replace("patch_embed.proj.", "patch_embed.projection.")
+        return re.sub(r"^norm\.", "norm3.", name)
+    stage, rest = int(match[1]), match[2]
+    if rest.startswith("downsample."):
+        stage -= 1
+    for old, new in (("attn.", "attn.w_msa."), ("mlp.fc1.", "ffn.layers.0.0."), ("mlp.fc2.", "ffn.layers.1.")):
+        rest = re.sub(rf"^(blocks\.\d+\.){re.escape(old)}", rf"\g<1>{new}", rest)
+    return f"stages.{stage}.{rest}"
+
+
+def swin_microsoft(name: str) -> str:
+    """Microsoft's: the merging of patches ends a stage."""
+    return re.sub(r"^layers\.(\d)\.downsample\.", lambda m: f"layers.{int(m[1]) - 1}.downsample.", name)
+
+
+def unfold_order(value: Tensor) -> Tensor:
+    """Merged channels (..., column, row, C) of timm in the order (..., C, row, column) of an unfolding."""
+    channels = value.shape[-1] // 4
+    return value.unflatten(-1, (2, 2, channels)).transpose(-1, -3).flatten(-3)
+
+
+def from_unfold(value: Tensor, shape: torch.Size) -> Tensor | None:
+    """A tensor of merged channels in mmdetection's order as timm's, None where it does not fit."""
+    if value.shape != shape or shape[-1] % 4:
+        return None
+    return value.unflatten(-1, (shape[-1] // 4, 2, 2)).transpose(-1, -3).flatten(-3).contiguous()
+
+
+def same_axes(value: Tensor, shape: torch.Size) -> Tensor | None:
+    """A tensor whose order of axes is ours, whatever its shape; None where it has another number of axes."""
+    return value if value.dim() == len(shape) else None
+
+
+def open_sparse(value: Tensor, shape: torch.Size) -> Tensor | None:
+    """A sparse weight of either layout as (out, kz, ky, kx, in), whatever its kernel and `in`; None where `out` fits in
+    neither."""
+    if value.dim() != 5 or len(shape) != 5:
+        return same_axes(value, shape)
+    if value.shape[0] == shape[0] and len(set(value.shape[1:4])) == 1:
+        return value
+    if value.shape[4] == shape[0] and len(set(value.shape[:3])) == 1:
+        return value.permute(4, 0, 1, 2, 3).contiguous()
+    return None
+
+
+def open_minkowski(value: Tensor, shape: torch.Size) -> Tensor | None:
+    """The same of MinkowskiEngine's (kx + K ky + K^2 kz, in, out)."""
+    if value.dim() != 3 or len(shape) != 5 or value.shape[2] != shape[0]:
+        return None
+    edge = round(value.shape[0] ** (1 / 3))
+    if edge**3 != value.shape[0]:
+        return None
+    return value.unflatten(0, (edge, edge, edge)).permute(4, 0, 1, 2, 3).contiguous()

@@ -13,7 +13,8 @@ from simipu3d.benchmark.synthetic_waymo.sweep import ReturnTruth
 from simipu3d.contracts.frame import Boxes
 from simipu3d.data.drive_world.layout import Actor
 from simipu3d.data.drive_world.scene import Scene
-from simipu3d.geometry.boxes import BOX_EDGES, box_corners, points_in_boxes
+from simipu3d.geometry.boxes import BOX_EDGES, box_corners
+from simipu3d.ops.rotated_iou import points_in_boxes
 
 _NAMES = {"Car": "VEHICLE", "Van": "VEHICLE", "Pedestrian": "PEDESTRIAN", "Cyclist": "CYCLIST"}
 

@@ -26,6 +26,7 @@ from simipu3d.data.loading.augment import Sample, augment_frame
 from simipu3d.data.loading.collate import Collate, NoSample
 from simipu3d.data.loading.few_labels import few_labels
 from simipu3d.data.loading.order import EpochSampler, Key, reader_order, sample_seeds
+from simipu3d.data.loading.workers import obey_only_the_parent
 from simipu3d.errors import BadFrameError, UserError
 from simipu3d.geometry.camera import project_points
 from simipu3d.registry import READERS
@@ -249,6 +250,7 @@ class BadFrameLimit:
 
 def start_worker(worker: int) -> None:
     """What every worker process does first."""
+    obey_only_the_parent()
     torch.set_num_threads(1)  # workers are the parallelism; threads of theirs would fight over the same cores
 
 

@@ -5,7 +5,7 @@ A reader derives from `BaseReader`. It opens what `wants` names and nothing else
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,8 @@ class ScanConfig(DataConfig):
 class ReaderConfig(ScanConfig):
     """The keys of the `data:` block that every reader of files has."""
 
+    all_is_listed: ClassVar[bool] = False
+    """Does `split: all` read `split_file` too?"""
     root: Path
     """The data set's top folder."""
     split_file: Path | None = None
@@ -51,7 +53,7 @@ class ReaderConfig(ScanConfig):
     def _check_lists(self) -> "ReaderConfig":
         if len(set(self.features)) < len(self.features) or {"x", "y", "z"} & set(self.features):
             raise ValueError(f"features names columns after x, y, z, each once, got {list(self.features)}")
-        if self.split == "all" and self.split_file is not None:
+        if self.split == "all" and self.split_file is not None and not self.all_is_listed:
             raise ValueError("split_file: split all reads no list; remove split_file, or set split to another name")
         return self
 
@@ -181,11 +183,12 @@ def read_list(path: Path, what: str, example: str, way_out: str = "") -> list[st
     return words
 
 
-def check_listed(path: str, names: Sequence[str], present: Sequence[str], where: str, way_out: str) -> None:
+def check_listed(path: str, what: str, names: Sequence[str], present: Sequence[str], where: str, way_out: str) -> None:
     """Raise `UserError` when a list names sequences that are not there.
 
     Args:
         path: where the names come from, for the message.
+        what: what the names are of, in the plural.
         names: those wanted.
         present: those there are.
         where: the place that lacks them, in words.
@@ -195,6 +198,6 @@ def check_listed(path: str, names: Sequence[str], present: Sequence[str], where:
     absent = [name for name in names if name not in known]
     if absent:
         raise UserError(
-            f"{path}: {len(absent)} of its {len(names)} names are not in {where} ({some(absent, 3)}), which has "
+            f"{path}: {len(absent)} of its {len(names)} {what} are not in {where} ({some(absent, 3)}), which has "
             f"{len(present)}; {way_out}"
         )

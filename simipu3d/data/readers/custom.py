@@ -307,6 +307,11 @@ def _listed_sequences(config: CustomConfig) -> list[str]:
     way_out = "write one sequence a line, or set data.split=all"
     names = read_list(path, "sequence", "monday", way_out)
     check_listed(
-        str(path), names, present, f"{config.root} with a sequence.json", "correct the list or copy them there"
+        str(path),
+        "sequences",
+        names,
+        present,
+        f"{config.root} with a sequence.json",
+        "correct the list or copy them there",
     )
     return names

@@ -201,11 +201,13 @@ def _chosen_scenes(config: NuScenesConfig, present: Sequence[str]) -> tuple[str,
     where = f"{config.root / config.version}/scene.json"
     if config.split_file is not None:
         names = tuple(read_list(config.split_file, "scene name", "scene-0061"))
-        check_listed(str(config.split_file), names, present, where, "take them off the list, or set data.version")
+        check_listed(
+            str(config.split_file), "scenes", names, present, where, "take them off the list, or set data.version"
+        )
         return names
     fitting = VERSIONS[config.split]
     way_out = "set data.split=all, or list the scenes you have in data.split_file"
     if fitting != config.version:
         way_out = f"set data.version={fitting}, or {way_out}"
-    check_listed(f"data.split: {config.split}", SPLITS[config.split], present, where, way_out)
+    check_listed(f"data.split: {config.split}", "scenes", SPLITS[config.split], present, where, way_out)
     return SPLITS[config.split]

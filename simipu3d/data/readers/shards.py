@@ -8,12 +8,13 @@ order, `shuffle_shards` at a time, and their frames are mixed: neighbouring read
 import json
 from collections import OrderedDict
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Literal
 from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from simipu3d.contracts.frame import EVERYTHING, Frame, TruthKind, Wants
 from simipu3d.data.loading.order import epoch_order, order_rng
@@ -21,7 +22,7 @@ from simipu3d.data.readers.base import POINT_TRUTH, TRUTH_KINDS, BaseReader, Sca
 from simipu3d.data.readers.files import WAY_OUT
 from simipu3d.data.shards.format import FrameEntry, Member, ShardInfo, digest, parse_entry, read_manifest
 from simipu3d.data.shards.frames import camera_stem, decode_frame, wanted
-from simipu3d.data.shards.store import LocalStore, StoreError, open_store
+from simipu3d.data.shards.store import RETRIES, TIMEOUT, LocalStore, StoreError, open_store
 from simipu3d.errors import BadFrameError, UserError
 from simipu3d.registry import READERS
 
@@ -42,6 +43,10 @@ class ShardsConfig(ScanConfig):
     """A shard set holds one split."""
     shuffle_shards: PositiveInt | None = 8
     """So many shards are mixed at a time; null: the frames of all. Default: a working set that a disk cache holds."""
+    timeout: PositiveFloat = TIMEOUT
+    """Seconds that one try of reading from a URL may take. Default: some MB over a slow line."""
+    retries: NonNegativeInt = RETRIES
+    """How often a read from a URL that failed is tried again, after pauses of 0.5, 1, 2, ... 8 seconds."""
 
 
 @READERS.register("shards", config=ShardsConfig)
@@ -56,7 +61,7 @@ class ShardsReader(BaseReader):
 
     def __init__(self, config: ShardsConfig, wants: Wants = EVERYTHING):
         super().__init__(config, wants)
-        self.store = open_store(config.root)
+        self.store = open_store(config.root, config.timeout, config.retries)
         self.manifest = read_manifest(self.store)
         self.class_names, self.point_columns = self.manifest.class_names, self.manifest.point_columns
         for camera in config.cameras or ():
@@ -150,7 +155,7 @@ class ShardsReader(BaseReader):
         """The lines of a shard's index, one a frame, not parsed yet: they take a tenth of the memory so."""
         path = self.store.path(shard.index)
         try:
-            content = self.store.read(shard.index)
+            content = self.store.read(shard.index, lambda content: digest(content) == shard.index_sha256)
         except StoreError as error:
             raise BadFrameError(f"{error}: the index of {shard.name}; {WAY_OUT}") from error
         if digest(content) != shard.index_sha256:
@@ -167,7 +172,7 @@ class ShardsReader(BaseReader):
             start = run[0].offset
             size = run[-1].offset + run[-1].size - start
             try:
-                content = self.store.read_range(shard.name, start, size)
+                content = self.store.read_range(shard.name, start, size, partial(_is_intact, run))
             except StoreError as error:
                 raise BadFrameError(f"{source}: {error}; {WAY_OUT}") from error
             for member in run:
@@ -189,6 +194,12 @@ class ShardsReader(BaseReader):
                 f"{self.config.root}: {len(wrong)} of {len(self.manifest.shards)} shards are absent or not of the size "
                 f"that the manifest says ({names}); copy them again, or let tools/prepare_data.py write them again"
             )
+
+
+def _is_intact(run: list[Member], content: bytes) -> bool:
+    """Do the members of a run, read together, have their check sums?"""
+    view, start = memoryview(content), run[0].offset
+    return all(crc32(view[m.offset - start : m.offset - start + m.size]) == m.crc32 for m in run)
 
 
 def _runs(members: list[Member]) -> list[list[Member]]:

@@ -63,6 +63,7 @@ INSIDE_NO_LABEL_ZONE = 1
 class WaymoConfig(ReaderConfig):
     """The `data:` block for `name: waymo`."""
 
+    all_is_listed = True
     name: str = "waymo"
     """Which reader (`READERS`)."""
     root: Path
@@ -297,7 +298,9 @@ def _chosen_segments(config: WaymoConfig, folder: Path, present: tuple[str, ...]
     names = sorted(present)
     if config.split_file is not None:
         names = sorted(_read_segments(config.split_file))
-        check_listed(str(config.split_file), names, present, str(folder), "take them off the list, or set data.split")
+        check_listed(
+            str(config.split_file), "segments", names, present, str(folder), "take them off the list, or set data.split"
+        )
     first, last = (round(share * len(names)) for share in config.fraction)
     if first == last:
         raise UserError(f"data.fraction: {list(config.fraction)} of {len(names)} segments is none; take a larger part")

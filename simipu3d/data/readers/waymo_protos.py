@@ -7,7 +7,7 @@ loaded those too. What the table leaves out is skipped when it is read.
 The table says less than the original where that is enough: an enumeration is an int32, and the packed numbers of a
 range image are bytes, which look the same in the file; numpy takes them from there at once.
 
-Source of the numbers: Waymo Open Dataset, dataset.proto and label.proto; of the encoding: Protocol Buffers,
+Source of the numbers: Waymo Open Dataset, dataset.proto, label.proto and metrics.proto; of the encoding: Protocol Buffers,
 "Encoding".
 """
 
@@ -122,6 +122,16 @@ FIELDS: dict[str, dict[str, tuple[int, str]]] = {
         "accel_z": (6, "double"),
     },
     "Polygon": {"x": (1, "double[]"), "y": (2, "double[]"), "id": (3, "string")},
+    # Not part of a record: what detections are submitted and scored in.
+    "Objects": {"objects": (1, "Object[]")},
+    "Object": {
+        "object": (1, "Label"),
+        "score": (2, "float"),
+        "overlap_with_nlz": (3, "bool"),
+        "context_name": (4, "bytes"),
+        "frame_timestamp_micros": (5, "int64"),
+        "camera_name": (6, "int32"),
+    },
 }
 """Message -> field -> (number, type); `[]` marks a repeated field, every other one is optional (proto2)."""
 
@@ -136,6 +146,7 @@ _SCALARS = {
     "int64": descriptor_pb2.FieldDescriptorProto.TYPE_INT64,
     "string": descriptor_pb2.FieldDescriptorProto.TYPE_STRING,
     "bytes": descriptor_pb2.FieldDescriptorProto.TYPE_BYTES,
+    "bool": descriptor_pb2.FieldDescriptorProto.TYPE_BOOL,
 }
 
 

@@ -4,9 +4,11 @@ Both are used through the same few methods. What cannot be read or written raise
 whole or not at all (a local one is renamed into its place, a remote one is uploaded in one piece).
 """
 
+import errno
 import fcntl
 import os
 import re
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -19,11 +21,16 @@ import fsspec
 from simipu3d.errors import UserError
 
 Result = TypeVar("Result")
+Intact = Callable[[bytes], bool]
 
 MAX_OPEN_FILES = 32
 """Handles a process keeps; the least recently used one is closed."""
-RETRY_AFTER = (0.5, 2.0)
-"""Seconds before the second and the third try of a remote read: networks fail for moments."""
+TIMEOUT, RETRIES = 30.0, 3
+"""Seconds that one try of a remote read may take, and how often it is tried again: networks fail for moments."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0
+"""Seconds before the second try; doubled before each further one, up to the longest."""
+MAY_PASS = (404, 408, 425, 429)
+"""Answers of a web server about the request that another moment may change; the rest of 4xx stays."""
 
 
 LOCK_SECONDS = 5.0
@@ -45,11 +52,12 @@ class Store(Protocol):
     def size(self, name: str) -> int | None:
         """Bytes of a file; None where there is none."""
 
-    def read(self, name: str) -> bytes:
-        """A whole file."""
+    def read(self, name: str, intact: Intact | None = None) -> bytes:
+        """A whole file. `intact` says whether the content is right; a remote one that is not is fetched again, and what
+        came last is returned."""
 
-    def read_range(self, name: str, offset: int, size: int) -> bytes:
-        """`size` bytes of a file; fewer where it ends before."""
+    def read_range(self, name: str, offset: int, size: int, intact: Intact | None = None) -> bytes:
+        """`size` bytes of a file; fewer where it ends before. `intact` as for `read`."""
 
     def write(self, name: str, content: bytes) -> None:
         """A small file, whole or not at all."""
@@ -67,8 +75,14 @@ class Store(Protocol):
         """Keep other writers out, as far as the place can. It ends with the process, whatever ends that."""
 
 
-def open_store(url: str) -> "Store":
-    """The store at a local path or a URL that fsspec knows (s3://bucket/folder, https://...)."""
+def open_store(url: str, timeout: float = TIMEOUT, retries: int = RETRIES) -> "Store":
+    """The store at a local path or a URL that fsspec knows (s3://bucket/folder, https://...).
+
+    Args:
+        url: where.
+        timeout: of one try of a remote read, seconds.
+        retries: how often a remote read that failed is tried again.
+    """
     if hidden := re.search(r"//[^/@]*:[^/@]*@", url):
         raise StoreError(
             f"{url.replace(hidden[0], '//...@')}: a password in a URL would be written into configurations and logs; give it "
@@ -79,11 +93,12 @@ def open_store(url: str) -> "Store":
         return LocalStore(Path(url))
     if protocol in ("file", "local"):
         return LocalStore(Path(rest))
-    return RemoteStore(url)
+    return RemoteStore(url, timeout, retries)
 
 
 class LocalStore:
-    """A folder. Reads go by position on open handles, so that forked processes may share them."""
+    """A folder. Reads go by position on open handles, so that forked processes may share them; a second look at a
+    damaged file would see the same."""
 
     def __init__(self, folder: Path):
         self.folder, self.url = folder, str(folder)
@@ -98,13 +113,13 @@ class LocalStore:
         except OSError:
             return None
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, intact: Intact | None = None) -> bytes:
         try:
             return (self.folder / name).read_bytes()
         except OSError as error:
             raise StoreError(f"{self.path(name)}: {_reason(error)}") from error
 
-    def read_range(self, name: str, offset: int, size: int) -> bytes:
+    def read_range(self, name: str, offset: int, size: int, intact: Intact | None = None) -> bytes:
         try:
             return os.pread(self._handle(name).fileno(), size, offset)
         except OSError as error:
@@ -128,6 +143,7 @@ class LocalStore:
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(part, self.folder / name)
+                _flush(self.folder)
             finally:
                 part.unlink(missing_ok=True)
         except OSError as error:
@@ -135,7 +151,9 @@ class LocalStore:
 
     def put(self, name: str, source: Path) -> None:
         try:
+            _flush(source)
             os.replace(source, self.folder / name)
+            _flush(self.folder)
         except OSError as error:
             raise StoreError(f"{self.path(name)}: cannot be written ({_reason(error)})") from error
 
@@ -166,11 +184,20 @@ class LocalStore:
             os.close(handle)
 
 
-class RemoteStore:
-    """Files behind a URL; a forked process opens its own connection."""
+class _Damaged(Exception):
+    """What came is too short, or not what its check sum says."""
 
-    def __init__(self, url: str):
+    def __init__(self, content: bytes):
+        super().__init__("what came is damaged")
+        self.content = content
+
+
+class RemoteStore:
+    """Files behind a URL; a forked process opens its own connection. Arguments: see `open_store`."""
+
+    def __init__(self, url: str, timeout: float = TIMEOUT, retries: int = RETRIES):
         self.url = url.rstrip("/")
+        self.timeout, self.retries = timeout, retries
         self._connection: tuple[int, Any, str] | None = None
         self._connect()
 
@@ -184,19 +211,38 @@ class RemoteStore:
             self._connection = (os.getpid(), filesystem, root.rstrip("/"))
         return self._connection[1:]
 
-    def _call(self, name: str, work: Callable[[Any, str], Result], tries: int = len(RETRY_AFTER) + 1) -> Result:
-        """Do something with a file, again where the network failed; every filesystem has errors of its own."""
-        filesystem, root = self._connect()
-        for again in range(tries):
+    def _fetch(self, name: str, work: Callable[[Any, str], Result]) -> Result:
+        """Read something of a file, again where that may help; every filesystem has errors of its own.
+
+        Raises:
+            StoreError: it cannot be read, at the latest after (retries + 1) x timeout and the pauses.
+        """
+        absent = 0
+        for again in range(self.retries + 1):
+            filesystem, root = self._connect()
             try:
-                return work(filesystem, f"{root}/{name}")
-            except FileNotFoundError as error:
-                raise StoreError(f"{self.path(name)}: {_reason(error)}") from error
+                return _within(self.timeout, lambda: work(filesystem, f"{root}/{name}"))  # noqa: B023  (called at once)
+            except StoreError:
+                raise
             except Exception as error:
-                if again == tries - 1:
+                absent += isinstance(error, FileNotFoundError)
+                if again == self.retries or absent > 1 or not _may_pass(error):
+                    if isinstance(error, _Damaged):
+                        return error.content
                     raise StoreError(f"{self.path(name)}: {_reason(error)}") from error
-                time.sleep(RETRY_AFTER[again])
+                if isinstance(error, TimeoutError):  # its connection is still waiting
+                    filesystem.clear_instance_cache()
+                    self._connection = None
+                time.sleep(min(LONGEST_PAUSE, FIRST_PAUSE * 2**again))
         raise AssertionError("the last try returns or raises")
+
+    def _upload(self, name: str, work: Callable[[Any, str], None]) -> None:
+        """Write a file, once and without a time limit: its size decides how long that takes."""
+        filesystem, root = self._connect()
+        try:
+            work(filesystem, f"{root}/{name}")
+        except Exception as error:
+            raise StoreError(f"{self.path(name)}: {_reason(error)}") from error
 
     def path(self, name: str) -> str:
         return f"{self.url}/{name}"
@@ -206,28 +252,39 @@ class RemoteStore:
             filesystem.invalidate_cache()
             return filesystem.size(path) if filesystem.exists(path) else None
 
-        return self._call(name, look)
+        return self._fetch(name, look)
 
-    def read(self, name: str) -> bytes:
-        return self._call(name, lambda filesystem, path: filesystem.cat_file(path))
+    def read(self, name: str, intact: Intact | None = None) -> bytes:
+        def whole(filesystem: Any, path: str) -> bytes:
+            content = filesystem.cat_file(path)
+            if intact is not None and not intact(content):
+                raise _Damaged(content)
+            return content
 
-    def read_range(self, name: str, offset: int, size: int) -> bytes:
-        content = self._call(name, lambda filesystem, path: filesystem.cat_file(path, start=offset, end=offset + size))
-        if len(content) > size:
-            raise StoreError(
-                f"{self.path(name)}: the server sends whole files, not ranges of bytes; copy the set first"
-            )
-        return content
+        return self._fetch(name, whole)
+
+    def read_range(self, name: str, offset: int, size: int, intact: Intact | None = None) -> bytes:
+        def part(filesystem: Any, path: str) -> bytes:
+            content = filesystem.cat_file(path, start=offset, end=offset + size)
+            if len(content) > size:
+                raise StoreError(
+                    f"{self.path(name)}: the server sends whole files, not ranges of bytes; copy the set first"
+                )
+            if len(content) < size or (intact is not None and not intact(content)):
+                raise _Damaged(content)
+            return content
+
+        return self._fetch(name, part)
 
     def write(self, name: str, content: bytes) -> None:
-        self._call(name, lambda filesystem, path: _make_and_pipe(filesystem, path, content), tries=1)
+        self._upload(name, lambda filesystem, path: _make_and_pipe(filesystem, path, content))
 
     def put(self, name: str, source: Path) -> None:
         def upload(filesystem: Any, path: str) -> None:
             filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
             filesystem.put_file(str(source), path)
 
-        self._call(name, upload, tries=1)
+        self._upload(name, upload)
         source.unlink()
 
     def parts_folder(self) -> Path | None:
@@ -236,12 +293,58 @@ class RemoteStore:
     def names(self) -> list[str] | None:
         filesystem, root = self._connect()
         try:
-            return sorted(path.rstrip("/").rpartition("/")[2] for path in filesystem.ls(root, detail=False))
+            found = _within(self.timeout, lambda: filesystem.ls(root, detail=False))
+            return sorted(path.rstrip("/").rpartition("/")[2] for path in found)
         except Exception:  # a web server, say, knows files and no folders
             return None
 
     def lock(self) -> AbstractContextManager[None]:
         return nullcontext()  # two writers upload the same bytes, each file in one piece
+
+
+def _within(seconds: float, work: Callable[[], Result]) -> Result:
+    """The result of a call that may take so long; few filesystems have limits of their own, and none of them all.
+
+    Raises:
+        TimeoutError: it took longer. Its thread is left behind, and ends with the process at the latest.
+    """
+    results: list[Result] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    return results[0]
+
+
+def _may_pass(error: Exception) -> bool:
+    """Could the same call succeed a moment later?"""
+    status = getattr(error, "status", None)
+    if isinstance(status, int) and 400 <= status < 500:
+        return status in MAY_PASS
+    return not isinstance(error, PermissionError | NotImplementedError)
+
+
+def _flush(path: Path) -> None:
+    """Put a file's content, or a folder's names, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not every file system lets a folder be flushed
+            raise
+    finally:
+        os.close(handle)
 
 
 def _make_and_pipe(filesystem: Any, path: str, content: bytes) -> None:

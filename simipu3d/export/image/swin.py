@@ -20,6 +20,7 @@ from simipu3d.export.image.convert import add_prefix
 from simipu3d.export.image.targets import ImageTarget, Job, check_mmdet3d_prefix, mmdet3d_input
 from simipu3d.export.peers.swin import PeerSwin, microsoft_to_mmdet
 from simipu3d.weights.files import read_torch_file, some_names
+from simipu3d.weights.foreign_names import swin_microsoft, swin_mmdet, unfold_order
 
 BEVFUSION = "image_backbone."
 
@@ -29,38 +30,13 @@ def is_swin(encoder: ImageEncoder) -> bool:
     return type(encoder.trunk).__name__ == "SwinTransformer"
 
 
-def to_mmdet(name: str) -> str:
-    """timm's name in mmdetection."""
-    match = re.fullmatch(r"layers\.(\d)\.(.*)", name)
-    if match is None:
-        name = name.replace("patch_embed.proj.", "patch_embed.projection.")
-        return re.sub(r"^norm\.", "norm3.", name)
-    stage, rest = int(match[1]), match[2]
-    if rest.startswith("downsample."):
-        stage -= 1
-    for old, new in (("attn.", "attn.w_msa."), ("mlp.fc1.", "ffn.layers.0.0."), ("mlp.fc2.", "ffn.layers.1.")):
-        rest = re.sub(rf"^(blocks\.\d+\.){re.escape(old)}", rf"\g<1>{new}", rest)
-    return f"stages.{stage}.{rest}"
-
-
-def to_microsoft(name: str) -> str:
-    """timm's name in Microsoft's repository: the merging of patches ends a stage."""
-    return re.sub(r"^layers\.(\d)\.downsample\.", lambda m: f"layers.{int(m[1]) - 1}.downsample.", name)
-
-
-def unfold_order(value: Tensor) -> Tensor:
-    """Merged channels (..., column, row, C) of timm in the order (..., C, row, column) of an unfolding."""
-    channels = value.shape[-1] // 4
-    return value.unflatten(-1, (2, 2, channels)).transpose(-1, -3).flatten(-3)
-
-
 def prepare_swin(encoder: ImageEncoder, target: str) -> ImageEncoder:
     """The encoder, if mmdetection's class can be configured to be it.
 
     Raises:
         UserError: it has options that mmdetection's has not.
     """
-    odd = [name for name in encoder.trunk.state_dict() if to_mmdet(name) not in _peer(encoder).state_dict()]
+    odd = [name for name in encoder.trunk.state_dict() if swin_mmdet(name) not in _peer(encoder).state_dict()]
     if odd or encoder.neck is not None:
         raise UserError(
             f"--to {target}: this {encoder.config.name} with model_args {dict(encoder.config.model_args)} is not "
@@ -73,12 +49,12 @@ def convert_swin(job: Job, tensors: dict[str, Tensor], meta: dict[str, Any]) -> 
     """timm's names to the target's."""
     if job.microsoft:
         meta["conversions"].append("names: Microsoft's")
-        return {to_microsoft(name): value for name, value in tensors.items()}
+        return {swin_microsoft(name): value for name, value in tensors.items()}
     meta["conversions"].append("names: mmdetection's, channels of merged patches in the order of an unfolding")
     renamed = {}
     for name, value in tensors.items():
         merged = ".downsample.reduction.weight" in name or ".downsample.norm." in name
-        renamed[to_mmdet(name)] = unfold_order(value).contiguous() if merged else value
+        renamed[swin_mmdet(name)] = unfold_order(value).contiguous() if merged else value
     return renamed
 
 
@@ -89,7 +65,7 @@ def check_swin(tensors: dict[str, Tensor], path: Path, kind: ImageTarget, job: J
     if job.microsoft:  # its loader leaves the last norm under a name that nothing has
         state = {name: value for name, value in state.items() if not name.startswith("norm.")}
         state |= {f"norm3.{name.removeprefix('norm.')}": v for name, v in tensors.items() if name.startswith("norm.")}
-    untrained = {to_mmdet(name) for name in encoder.untrained}
+    untrained = {swin_mmdet(name) for name in encoder.untrained}
     fresh = {name for name in peer.state_dict() if re.match(r"norm\d\.", name) or name.endswith("position_index")}
     verify.load_every_tensor(peer, state, untrained | fresh)
     count = num_alike(encoder)

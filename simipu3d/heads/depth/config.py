@@ -10,7 +10,6 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 
 from simipu3d.config import PartConfig
 from simipu3d.encoders.image_trunk import ImageEncoderConfig
-from simipu3d.heads.depth.evaluation import Crop
 
 
 class DepthConfig(PartConfig):
@@ -42,7 +41,7 @@ class DepthConfig(PartConfig):
     (SimIPU's depth runs); the toolbox's option has 100."""
     flip_test: bool = True
     """Predictions are the mean of those of the image and of its mirror image (SimIPU's depth runs)."""
-    crop: Crop = "garg"
+    crop: Literal["none", "garg", "eigen", "nyu"] = "garg"
     """Which part of an image is scored: `garg` (Eigen split, shares of rows and columns), `eigen` (the same, older),
     `nyu` (rows 45 to 470 and columns 41 to 600 of 480 x 640), or `none`. Default: SimIPU's depth runs on KITTI."""
     cap: PositiveFloat | None = None

@@ -1,7 +1,7 @@
 """Depth of every pixel from one image: an image encoder, a decoder, and a loss on logarithms.
 
 Source: the depth runs of SimIPU's authors (arXiv:2112.04680, section 4; zhyever/Monocular-Depth-Estimation-Toolbox,
-configs/simipu). What is scored, and against what, is in `evaluation`.
+configs/simipu). What is scored, and how, is in `metrics.depth`.
 """
 
 from pathlib import Path
@@ -9,17 +9,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
 from simipu3d.contracts.batch import Batch, ImageView
 from simipu3d.contracts.method import DataInfo, Method, Needs, Picture
 from simipu3d.encoders.image import ImageEncoder
+from simipu3d.errors import UserError
 from simipu3d.heads.depth.config import DepthBlocks
 from simipu3d.heads.depth.decoder import DenseDecoder, LinearDecoder, enlarge
-from simipu3d.heads.depth.evaluation import scored_pixels
 from simipu3d.heads.depth.loss import sig_loss
-from simipu3d.metrics.depth import depth_errors, mean_errors
+from simipu3d.metrics.depth import depth_errors, mean_errors, valid_pixels
 from simipu3d.pictures import depth_as_colours, save_png
 from simipu3d.registry import METHODS
 
@@ -133,7 +134,7 @@ class Depth(Method):
     def predict(self, batch: Batch) -> list[dict[str, Any]]:
         """A record a frame: `frame_id`, and for each of its `cameras` the image, predicted `depth` and `truth`, all (h, w) of
         the evaluated image, metres, truth 0 where unknown, and `errors`, see `metrics.depth`."""
-        view, own = batch.images[0], self.config.depth
+        view = batch.images[0]
         depths = self.predict_depth(view)
         records: list[dict[str, Any]] = [
             {"frame_id": frame_id, "cameras": [], "images": [], "depth": [], "truth": [], "errors": []}
@@ -143,13 +144,26 @@ class Depth(Method):
             record = records[int(view.batch_index[index])]
             height, width = depth.shape
             truth = batch.truth.depth[0][index, :height, :width].cpu().numpy()
-            scored = scored_pixels(truth, own.crop, own.scored_range)
             record["cameras"].append(view.camera_names[index])
             record["images"].append(view.images[index, :, :height, :width].permute(1, 2, 0).cpu().numpy())
             record["depth"].append(depth.numpy())
             record["truth"].append(truth)
-            record["errors"].append(depth_errors(depth.numpy()[scored], truth[scored]))
+            record["errors"].append(self._errors(depth.numpy(), truth))
         return records
+
+    def _errors(self, depth: NDArray[np.float32], truth: NDArray[np.float32]) -> dict[str, float]:
+        """The numbers of one image.
+
+        Raises:
+            UserError: the window is that of images of another size.
+        """
+        own = self.config.depth
+        low, high = own.scored_range
+        try:
+            valid = valid_pixels(truth, min_depth=low, max_depth=high, crop=own.crop)
+        except ValueError as error:
+            raise UserError(f"depth.crop: {error}; choose another, or another data.crop or resize") from error
+        return depth_errors(depth, truth, valid, min_depth=low, max_depth=own.max_depth)
 
     def condense(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The numbers without the maps."""
@@ -157,31 +171,29 @@ class Depth(Method):
 
     def score(self, records: list[dict[str, Any]]) -> dict[str, float]:
         """The mean over images of the customary depth numbers; see `metrics.depth`."""
-        return mean_errors([errors for record in records for errors in record["errors"]])
+        errors = [own for record in records for own in record["errors"]]
+        return mean_errors(errors) if errors else {}
 
     def write_predictions(self, records: list[dict[str, Any]], folder: Path) -> None:
         """depth/ and truth/ as 16-bit PNGs of `png_scale` a metre (0 = unknown), pictures/ with image, prediction and truth;
-        files are called after their frame, and after their camera where a frame has several."""
+        files are called after their frame, and after their camera where a frame has several, with _ for /."""
+        for kind in ("depth", "truth", "pictures"):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
         for record in records:
-            for camera, image, depth, truth in zip(
-                *(record[key] for key in ("cameras", "images", "depth", "truth")), strict=True
-            ):
-                names = [*record["frame_id"].split("/"), *([camera] if len(record["cameras"]) > 1 else [])]
-                name = "/".join(
-                    part for part in names if part not in ("", ".", "..")
-                )  # below the folder, whatever it is
-                self._write_png(folder / "depth" / f"{name}.png", depth)
-                self._write_png(folder / "truth" / f"{name}.png", truth)
-                path = folder / "pictures" / f"{name}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                save_png(path, self._picture(image, depth, truth))
+            several = len(record["cameras"]) > 1
+            maps = (record[key] for key in ("cameras", "images", "depth", "truth"))
+            for camera, image, depth, truth in zip(*maps, strict=True):
+                stem = f"{record['frame_id']}_{camera}" if several else record["frame_id"]
+                name = stem.replace("/", "_") + ".png"
+                self._write_png(folder / "depth" / name, depth)
+                self._write_png(folder / "truth" / name, truth)
+                save_png(folder / "pictures" / name, self._picture(image, depth, truth))
 
-    def _write_png(self, path: Path, metres: np.ndarray) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def _write_png(self, path: Path, metres: NDArray[np.float32]) -> None:
         values = np.clip(np.round(metres.astype(np.float64) * self.config.depth.png_scale), 0, 65535)
         Image.fromarray(values.astype(np.uint16)).save(path)
 
-    def _picture(self, image: np.ndarray, depth: np.ndarray, truth: np.ndarray) -> Picture:
+    def _picture(self, image: NDArray[np.uint8], depth: NDArray[np.float32], truth: NDArray[np.float32]) -> Picture:
         """Image, prediction and truth below each other."""
         end = self.config.depth.scored_range[1]
         return np.concatenate([image, depth_as_colours(depth, end), depth_as_colours(truth, end)])

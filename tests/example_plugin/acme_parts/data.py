@@ -3,7 +3,7 @@
 import numpy as np
 from pydantic import PositiveInt
 
-from simipu3d.contracts.frame import Camera, Frame
+from simipu3d.contracts.frame import EVERYTHING, Camera, Frame, FrameReader, Wants
 from simipu3d.data.config import DataConfig
 from simipu3d.errors import UserError
 from simipu3d.registry import READERS
@@ -20,26 +20,21 @@ class NoiseConfig(DataConfig):
 
 
 @READERS.register("acme_noise", config=NoiseConfig)
-class Noise:
+class Noise(FrameReader):
     """`num_frames` frames of points and pixels drawn at random, each the same every time."""
 
-    class_names = ()
-    point_columns = ("x", "y", "z", "intensity")
-
-    def __init__(self, config: NoiseConfig):
+    def __init__(self, config: NoiseConfig, wants: Wants = EVERYTHING):
         if config.split != "train":
             raise UserError(f"data.split: acme_noise has train only, got {config.split}")
-        self.num_frames = config.num_frames
+        self.num_frames, self.wants = config.num_frames, wants
 
     def __len__(self) -> int:
         return self.num_frames
 
     def __getitem__(self, index: int) -> Frame:
         rng = np.random.default_rng(index)
-        points = rng.uniform([4, -8, -2, 0], [30, 8, 2, 1], (300, 4)).astype(np.float32)
+        num_points = 300 if self.wants.points else 0
+        points = rng.uniform([4, -8, -2, 0], [30, 8, 2, 1], (num_points, 4)).astype(np.float32)
         image = rng.integers(0, 255, (64, 96, 3), dtype=np.uint8)
         camera = Camera("front", image, IMAGE_FROM_CAMERA, CAMERA_FROM_LIDAR)
-        return Frame(points, self.point_columns, (camera,), f"{index:06d}")
-
-    def prepare(self) -> None:
-        """Nothing to prepare."""
+        return Frame(points, self.point_columns, (camera,) if self.wants.images else (), f"{index:06d}")
