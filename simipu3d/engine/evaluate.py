@@ -17,13 +17,14 @@ from simipu3d.contracts.batch import Batch
 from simipu3d.contracts.method import DataInfo, Method
 from simipu3d.data.loading.evaluation import make_evaluation_loader
 from simipu3d.data.loading.loader import build_reader, wants_of
+from simipu3d.engine.disk import write_whole
 from simipu3d.engine.finetune import followed_input
 from simipu3d.engine.metrics import average
 from simipu3d.engine.module import seed_step
-from simipu3d.engine.pretrain import build_method, check_weights
-from simipu3d.engine.run import read_checkpoint, write_whole
+from simipu3d.engine.pretrain import build_method
 from simipu3d.engine.settings import Settings, load_settings
 from simipu3d.errors import UserError
+from simipu3d.weights.files import read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -127,12 +128,21 @@ def _compare(settings: Settings, run: dict[str, Any], checkpoint: Path) -> None:
 
 
 def load_method(settings: Settings, data: DataInfo, checkpoint: Path) -> Method:
-    """The method with a run's weights, in evaluation mode, on the device that `trainer.accelerator` means."""
+    """The method with a run's weights, in evaluation mode, on the device that `trainer.accelerator` means.
+
+    Raises:
+        UserError: the checkpoint is of another network.
+    """
     method = build_method(settings, data)
-    check_weights(method, checkpoint)
     state = read_checkpoint(checkpoint)["state_dict"]
-    own = {name.removeprefix("method."): value for name, value in state.items() if name.startswith("method.")}
-    method.load_state_dict({name: own[name] for name in method.state_dict()})
+    own = method.state_dict()
+    wrong = [name for name, value in own.items() if getattr(state.get(f"method.{name}"), "shape", None) != value.shape]
+    if wrong:
+        raise UserError(
+            f"{checkpoint}: {len(wrong)} tensors are missing or have another shape ({', '.join(wrong[:3])}): it is of another "
+            "network; give the configuration of that run, the config.yaml of its folder"
+        )
+    method.load_state_dict({name: state[f"method.{name}"] for name in own})
     use_gpu = settings.trainer.accelerator != "cpu" and torch.cuda.is_available()
     return method.eval().to("cuda" if use_gpu else "cpu")
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from simipu3d.config import apply_sets, load_yaml
 from simipu3d.engine.pretrain import pretrain
-from simipu3d.engine.run import read_checkpoint
 from simipu3d.engine.settings import load_settings
 from simipu3d.errors import UserError
+from simipu3d.weights.files import read_checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -40,7 +40,7 @@ class DenseDecoder(nn.Module):
         channels: of the decoder at each level; None: see `depth.channels`.
 
     Source: Alhashim & Wonka, arXiv:1812.11941; layer by layer as DenseDepthHead of
-    zhyever/Monocular-Depth-Estimation-Toolbox, without norms and with ReLU.
+    zhyever/Monocular-Depth-Estimation-Toolbox, without norms, with ReLU and Kaiming's initialisation (arXiv:1502.01852).
     """
 
     def __init__(self, levels: Sequence[Level], channels: tuple[int, ...] | None):
@@ -54,6 +54,11 @@ class DenseDecoder(nn.Module):
         self.bottom = nn.Conv2d(levels[-1].channels, own[-1], 1)
         steps = range(len(levels) - 2, -1, -1)
         self.up = nn.ModuleList(UpBlock(own[step + 1], levels[step].channels, own[step]) for step in steps)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                # Nine layers without a norm: torch's own initialisation would let the signal fade by 0.4 a layer.
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(module.bias)
         self.logit = nn.Conv2d(own[0], 1, 3, padding=1)
 
     def forward(self, maps: Sequence[FeatureMap]) -> Tensor:
