@@ -38,7 +38,7 @@ method: depth
 data: {{name: depth_list, root: {root}, split_file: {split_file}, crop: kb, batch_size: 2, num_workers: 0}}
 augment: {{images: {{resize: factor, resize_factor: [0.25, 0.25], flip_probability: 0.0}}}}
 image_encoder: {{name: resnet18, model_args: {{channels: [32, 64, 128, 256]}}}}
-depth: {{channels: [32, 32, 64, 96, 128], flip_test: false}}
+depth: {{channels: [32, 32, 64, 96, 128], mean_weight: 1.0, flip_test: false}}
 optim: {{image: {{lr: 2e-3}}, head: {{lr: 2e-3}}}}
 schedule: {{name: cosine, warmup_steps: 10}}
 validate: {{data: {{batch_size: 2}}, metric: abs_rel}}
