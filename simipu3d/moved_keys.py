@@ -47,7 +47,7 @@ def upgrade(resolved: dict[str, Any]) -> dict[str, Any]:
         for key in GONE:
             data.pop(key, None)
         if isinstance(data.get("augment"), dict):
-            raw["augment"] = _nested(data.pop("augment"))
+            raw["augment"] = _with_open_centres(_nested(data.pop("augment")), data.get("point_range"))
         for entry in data["sets"] if isinstance(data.get("sets"), list) else []:
             if isinstance(entry, dict):
                 for key in GONE:
@@ -55,6 +55,21 @@ def upgrade(resolved: dict[str, Any]) -> dict[str, Any]:
                 if isinstance(entry.get("augment"), dict):
                     entry["augment"] = _nested(entry["augment"])
     return raw
+
+
+def _with_open_centres(augment: dict[str, Any], point_range: Any) -> dict[str, Any]:
+    """The same with null for a centre that null means too: version 0.1 wrote the middle of KITTI's range out."""
+    if (
+        not isinstance(point_range, list | tuple)
+        or len(point_range) != 6
+        or not isinstance(augment.get("points"), dict)
+    ):
+        return augment
+    middle = [(low + high) / 2 for low, high in zip(point_range[:3], point_range[3:], strict=True)]
+    centres = ("rotation_centre", "scale_centre")
+    given = {key: augment["points"].get(key) for key in centres}
+    opened = {key: None for key, centre in given.items() if isinstance(centre, list | tuple) and list(centre) == middle}
+    return {**augment, "points": {**augment["points"], **opened}}
 
 
 def _nested(augment: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import yaml
 from helpers import BLOCKS
 from tiny_runs import STEPS
 
-from simipu3d.engine.pretrain import PretrainModule, pretrain
+from simipu3d.engine.module import TrainingModule
+from simipu3d.engine.pretrain import pretrain
 
 
 @pytest.fixture(scope="session")
@@ -22,11 +23,11 @@ def tiny(tmp_path_factory):
         "azimuth_step_deg": 2.0,
         "batch_size": 2,
         "num_workers": 0,
-        "augment": {"num_points": 64, "images": {"resize": None, "brightness": 0.2}},
     }
     raw = {
         "method": "simipu",
         "data": data,
+        "augment": {"points": {"num_points": 64}, "images": {"brightness": 0.2}},
         **BLOCKS,
         "schedule": {"name": "exponential", "gamma": 0.5},
         "trainer": {"max_steps": STEPS, "accelerator": "cpu", "log_every_n_steps": 1},
@@ -62,7 +63,7 @@ def at_step(monkeypatch):
 
     def schedule(number, action):
         calls = [0]
-        original = PretrainModule.training_step
+        original = TrainingModule.training_step
 
         def step(module, batch, batch_idx):
             calls[0] += 1
@@ -70,6 +71,6 @@ def at_step(monkeypatch):
                 action()
             return original(module, batch, batch_idx)
 
-        monkeypatch.setattr(PretrainModule, "training_step", step)
+        monkeypatch.setattr(TrainingModule, "training_step", step)
 
     return schedule

@@ -7,7 +7,8 @@ import torch
 from helpers import make_view
 
 from simipu3d.config import parse_part
-from simipu3d.data.loading.loader import build_reader, make_loader
+from simipu3d.contracts.method import DataInfo
+from simipu3d.data.loading.loader import build_reader, make_loader, wants_of
 from simipu3d.engine.optim import build_optimizer
 from simipu3d.engine.pretrain import build_method
 from simipu3d.engine.settings import load_settings
@@ -22,11 +23,11 @@ HIGH = "point_encoder.point_range=[0,-40,-3,70.4,40,9]"
 def take_two_steps(path: Path, sets: list[str]) -> None:
     """Finite losses, a finite gradient on every trainable parameter in both steps, and weights that move."""
     config = load_settings(path, [*sets, "data.batch_size=2", "data.num_workers=0", "trainer.max_steps=2"])
-    reader = build_reader(config.data)
-    method = build_method(config, reader.point_columns)
+    reader = build_reader(config.data, wants_of(config.needs))
+    method = build_method(config, DataInfo(reader.point_columns, reader.class_names))
     optimizer = build_optimizer(method.branches(), config.optim)
     before = {name: p.detach().clone() for name, p in method.point_encoder.named_parameters()}
-    batch = next(iter(make_loader(config.data, config.seed, reader=reader)))
+    batch = next(iter(make_loader(config.data, config.augment, config.needs, config.seed, reader=reader)))
     for _ in range(2):
         metrics = method(batch)
         optimizer.zero_grad()
@@ -116,7 +117,7 @@ def test_two_steps_on_made_streets(path, streets):
     """Few points, a narrow ResNet-18 and few tokens: the point encoder's layers are as wide and deep as configured."""
     torch.use_deterministic_algorithms(False)  # its filling of fresh memory doubles the time at these sizes
     sets = ["data.name=drive_world", f"data.root={streets}", "data.num_frames=2", "data.beams=32"]
-    sets += ["data.augment.images.resize=null", "data.augment.num_points=512"]
+    sets += ["augment.images.resize=null", "augment.points.num_points=512"]
     sets += ["image_encoder.name=resnet18", "image_encoder.model_args={channels: [8, 12, 16, 20]}"]
     keys = set(POINT_ENCODERS[load_settings(path).blocks.point_encoder.name].config.model_fields)
     sets += [HIGH] if "point_range" in keys and "unet" not in path.stem else []
@@ -131,5 +132,5 @@ def test_two_steps_on_real_kitti(path, samples):
     """The configuration as it stands, but for the size of the pictures."""
     torch.use_deterministic_algorithms(False)  # as above
     sets = [f"data.root={samples / 'kitti'}", "data.split=train"]
-    sets += ["data.augment.images.long_edge=[640,640]", "data.augment.images.short_edge=[192,192]"]
+    sets += ["augment.images.long_edge=[640,640]", "augment.images.short_edge=[192,192]"]
     take_two_steps(path, sets)

@@ -228,6 +228,14 @@ def test_a_folder_that_holds_a_run_is_refused(whole, cfg, capsys):
         ("trainer.max_steps=0 trainer.max_epochs=1", "trainer.max_steps: 1 or more, or -1"),
         ("datum.name=kitti", "datum: no such key; did you mean data?"),
         ("optim.points.name=sgd optim.points.betas=[0.9,0.9]", "optim.points.betas: no such key"),
+        ("optim.point.lr=1.0", "optim.point: the method has no such branch; there are points, heads, image"),
+        ("optim.scale_lr=cubic", "optim.scale_lr"),
+        ("data.augment.num_points=3", "tiny.yaml: data.augment: this block is now augment: at the top level"),
+        ("matching.map=8", "tiny.yaml: matching.map: this key is now image_encoder.map"),
+        ("data.load_boxes=true", "tiny.yaml: data.load_boxes: this key is gone"),
+        ("validate.data.split=vale", "validate.data.split"),
+        ("validate.data.num_frame=3", "validate.data.num_frame: no such key; did you mean num_frames?"),
+        ("validate.metrik=loss", "validate.metrik: no such key; did you mean metric?"),
     ],
 )
 def test_a_wrong_setting_is_one_line(cfg, tmp_path, capsys, setting, words):

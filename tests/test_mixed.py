@@ -209,15 +209,15 @@ def test_the_shipped_configuration_mixes_kitti_nuscenes_and_waymo(samples, tmp_p
     places = [f"data.sets.0.root={samples / 'kitti'}", f"data.sets.1.root={samples / 'nuscenes'}"]
     places += [f"data.sets.2.root={tmp_path / 'waymo'}", "data.sets.2.split=all", "data.sets.2.load_interval=1"]
     small = ["data.sets.1.version=v1.0-mini", "data.sets.1.split=all", "data.max_bad_fraction=1.0"]
-    small += ["data.on_bad_frame=skip", "data.num_workers=0", "data.batch_size=1"]
-    config = load_settings("configs/simipu/mixed.yaml", [*places, *small]).data
-    reader = build_reader(config)
+    small += ["data.on_bad_frame=skip", "data.num_workers=0", "data.batch_size=1", "augment.points.num_points=512"]
+    settings = load_settings("configs/simipu/mixed.yaml", [*places, *small])
+    config, reader = settings.data, build_reader(settings.data)
     assert reader.point_columns == ("x", "y", "z", "intensity")
     assert len(set(reader.shares.tolist())) <= 2
     found = {}
-    for batch in loader_of(reader, config):
+    for batch in loader_of(reader, config, settings.augment):
         assert batch.bad_frames == ()
-        assert len(batch.views[0].points) == 20
+        assert len(batch.views[0].points) == 512
         found.setdefault(batch.frame_ids[0].partition(":")[0], set()).add(tuple(batch.images[0].camera_names))
     assert set(found) == {"kitti", "nuscenes", "waymo"}
     assert (found["kitti"], found["waymo"]) == ({("image_2",)}, {("FRONT",)})

@@ -104,6 +104,7 @@ def test_a_reader_says_what_it_reads_before_it_is_opened(name):
         ({"batch_size": 0}, "data.batch_size"),
         ({"batch_size": "four"}, "data.batch_size"),
         ({"cameras": []}, "data.cameras"),
+        ({"augment": {"points": {"num_points": 3}}}, r"data\.augment: no such key"),
         ({"on_bad_frame": "ignore"}, r"data\.on_bad_frame"),
     ],
 )

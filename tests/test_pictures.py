@@ -290,7 +290,7 @@ def test_a_view_on_its_augmented_image_is_the_raw_overlay_moved():
     batch, points = random_batch(3)
     camera = make_camera()
     for view in batch.views:
-        drawn = (overlay_view(view, batch.images, 0, scale=10) != 90).any(axis=2)
+        drawn = (overlay_view(view, batch.images[0], 0, scale=10) != 90).any(axis=2)
         raw = points[view.source_index].numpy()
         pixels, _, visible = project(camera, raw[:, :3])
         u, v = ((pixels[visible] + 0.5) / 2 - 0.5).T

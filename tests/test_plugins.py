@@ -14,12 +14,13 @@ import torch
 import yaml
 
 from simipu3d.config import parse_block
+from simipu3d.contracts.method import DataInfo
 from simipu3d.data.loading.loader import build_reader
 from simipu3d.encoders.image import ImageEncoder, ImageEncoderConfig
 from simipu3d.engine import plugins
 from simipu3d.engine.plugins import load_plugins, require_plugins
 from simipu3d.engine.pretrain import build_method, pretrain
-from simipu3d.engine.settings import load_data_config, load_settings, parse_settings
+from simipu3d.engine.settings import load_data_settings, load_settings, parse_settings
 from simipu3d.errors import UserError
 from simipu3d.registry import IMAGE_BACKBONES, POINT_ENCODERS, REGISTRIES
 from simipu3d.tools.export import main as export
@@ -31,7 +32,7 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "plugins.md"
 BASE = {
     "plugins": ["acme_parts"],
     "method": "simipu",
-    "data": {"name": "acme_noise", "batch_size": 2, "num_workers": 0, "augment": {"images": {"resize": None}}},
+    "data": {"name": "acme_noise", "batch_size": 2, "num_workers": 0},
     "point_encoder": {"name": "acme_columns", "width": 8},
     "image_encoder": {"name": "acme_patches"},
     "matching": {"assignment": "acme_by_range"},
@@ -95,7 +96,7 @@ def test_one_configuration_takes_a_part_of_each_kind(acme, tmp_path):
     resolved = config.to_plain()
     assert resolved["plugins"] == ["acme_parts"]
     assert parse_settings(resolved, "resolved").to_plain() == resolved
-    method = build_method(config, build_reader(config.data).point_columns)
+    method = build_method(config, DataInfo(build_reader(config.data).point_columns))
     assert type(method.point_encoder).__module__ == "acme_parts.points"
     assert type(method.image_encoder.trunk).__module__ == "acme_parts.image"
     assert method.image_encoder.maps[-1] == (12, 16, 5.5)
@@ -133,7 +134,7 @@ def test_a_model_registered_with_timm_is_exported_to_timm(acme, tmp_path, capsys
 
 def test_inspect_data_reads_a_foreign_data_set(acme, tmp_path, capsys):
     cfg = write(tmp_path / "data.yaml", {"plugins": ["acme_parts"], "data": BASE["data"]})
-    assert load_data_config(cfg).name == "acme_noise"
+    assert load_data_settings(cfg).data.name == "acme_noise"
     assert inspect_data(["--cfg", str(cfg), "--num", "1", "--out", str(tmp_path / "pages")]) == 0
     assert len(list((tmp_path / "pages").glob("*.png"))) == 2
 

@@ -28,7 +28,7 @@ from simipu3d.data.shards.frames import PrepareConfig, decode_frame, encode_fram
 from simipu3d.data.shards.store import open_store
 from simipu3d.data.shards.verify import verify_shards
 from simipu3d.data.shards.writer import prepare_shards
-from simipu3d.engine.settings import load_prepare_config, load_settings
+from simipu3d.engine.settings import load_data_settings, load_settings
 from simipu3d.errors import BadFrameError, UserError
 from simipu3d.tools.prepare_data import main
 
@@ -410,7 +410,7 @@ def test_bad_frames_of_the_source_follow_the_policy(workers, samples, tmp_path):
 def test_a_wrong_key_of_the_block_is_refused(tmp_path, world):
     path = write_config(tmp_path / "w.yaml", world, prepare={"points": "float16"})
     with pytest.raises(UserError, match=r"prepare\.points"):
-        load_prepare_config(path)
+        load_data_settings(path)
     with pytest.raises(UserError, match=r"prepare\.jpg_quality: no such key; did you mean jpeg_quality"):
         load_settings("configs/simipu/kitti.yaml", ["prepare.jpg_quality=3"])
     plain = load_settings("configs/simipu/kitti.yaml", ["prepare.points=int32_mm"]).to_plain()

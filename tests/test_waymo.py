@@ -780,7 +780,7 @@ def test_pre_training_runs(drive, tmp_path):
             "data.cameras=null",
             "data.batch_size=2",
             "data.num_workers=0",
-            "data.augment.images.resize_factor=[1.0, 1.0]",
+            "augment.images.resize_factor=[1.0, 1.0]",
             f"point_encoder.layers=[{layer}]",
             "image_encoder.name=resnet18",
             "image_encoder.output_stride=8",

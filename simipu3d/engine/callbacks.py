@@ -4,6 +4,7 @@ import logging
 import resource
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -150,6 +151,7 @@ class Checkpoints(Checkpoint):
         self.run = run
         self.every_steps = every_steps
         self.keep_every_epochs = keep_every_epochs
+        self._due: list[Path] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved = trainer.global_step
@@ -162,15 +164,33 @@ class Checkpoints(Checkpoint):
             return
         ends_epoch = batch_idx + 1 == trainer.num_training_batches
         if ends_epoch and self.keep_every_epochs and epoch % self.keep_every_epochs == 0:
-            trainer.save_checkpoint(self.run.checkpoints / f"epoch_{epoch:04d}.ckpt")
+            self._due.append(self.run.checkpoints / f"epoch_{epoch:04d}.ckpt")
         if step % self.every_steps == 0 or step >= trainer.estimated_stepping_batches:
-            trainer.save_checkpoint(self.run.last)
-            self._saved = step
+            self._due.append(self.run.last)
+        if not validates_now(trainer):
+            self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or not training_module(pl_module).improves():
+        if trainer.sanity_checking:
             return
-        trainer.save_checkpoint(self.run.best)
+        if training_module(pl_module).improves():
+            trainer.save_checkpoint(self.run.best)
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        """Write what is due. Where a validation follows the step this comes after it: a run that goes on from there neither
+        forgets the best number nor leaves the validation out."""
+        for path in self._due:
+            trainer.save_checkpoint(path)
+            if path == self.run.last:
+                self._saved = trainer.global_step
+        self._due = []
+
+
+def validates_now(trainer: Trainer) -> bool:
+    """Does a validation follow the batch that was just trained on?"""
+    loop = trainer.fit_loop
+    return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))  # type: ignore[arg-type]
 
 
 class Progress(RichProgressBar):

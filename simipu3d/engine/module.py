@@ -173,6 +173,11 @@ class TrainingModule(pl.LightningModule):
         epoch = self.trainer.current_epoch
         if batches >= self.trainer.num_training_batches:
             epoch, batches = epoch + 1, 0
+        # Lightning takes a run up in one way when a checkpoint was written before a validation and in another when after it;
+        # the former reads the data from the right place.
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            counts["completed"] = counts["processed"] - 1
         commit, dirty = self.commit
         checkpoint["simipu3d"] = {
             "version": simipu3d.__version__,

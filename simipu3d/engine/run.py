@@ -28,6 +28,7 @@ from simipu3d.config import changed_keys, dump_yaml
 from simipu3d.engine.disk import cannot_write, remove_parts, whole_file, write_whole
 from simipu3d.engine.lock import RunLock
 from simipu3d.engine.resume import SCHEDULED, check_checkpoint, newest_checkpoint
+from simipu3d.engine.settings import parse_settings
 from simipu3d.errors import UserError
 from simipu3d.weights.files import read_checkpoint
 
@@ -156,9 +157,11 @@ class RunDirectory:
                 f"{self.checkpoint}: a checkpoint of the method {old['config']['method']!r}, the configuration asks for "
                 f"{resolved['method']!r}; --init starts a new run from its weights"
             )
-        changes = changed_keys(old["config"], resolved)
-        for key, (before, after) in changes.items():
-            log.info("changed since the checkpoint: %s: %s -> %s", key, before, after)
+        # Read once more, so that keys which are younger than the checkpoint have their defaults.
+        before = parse_settings(old["config"], str(self.checkpoint)).to_plain()
+        changes = changed_keys(before, resolved)
+        for key, (value, new_value) in changes.items():
+            log.info("changed since the checkpoint: %s: %s -> %s", key, value, new_value)
         refused = [key for key in changes if not (key.startswith(RESUMABLE_CHANGES) or SCHEDULED.match(key))]
         if refused:
             raise UserError(
