@@ -15,7 +15,13 @@ from simipu3d.config import PartConfig, parse_block, to_plain
 from simipu3d.contracts.method import DataInfo, Method, Needs
 from simipu3d.registry import METHODS
 
-CASES = {"simipu": BLOCKS}
+CASES = {
+    "simipu": BLOCKS,
+    "depth": {
+        "image_encoder": {"name": "resnet18", "model_args": {"channels": [8, 12, 16, 20]}},
+        "depth": {"crop": "none", "channels": [8, 8, 8, 16, 16]},
+    },
+}
 """Small blocks of every method."""
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "pretrain": "pre-train backbones from a configuration",
+    "finetune": "train a downstream head, from a checkpoint or from scratch",
+    "evaluate": "score checkpoints on held-out frames, draw and write their predictions",
     "demo": "the whole way on the embedded data set: pre-train, probe, pictures, export",
     "prepare_data": "write a data set as shards, on one disk or behind a URL, and prove them whole",
     "inspect_data": "draw what a configuration reads: projected points, boxes, views and their matches",

@@ -159,6 +159,8 @@ class FrameReader:
     """The kinds of ground truth that this data set has in the opened split."""
     frame_ids: Sequence[str] = ()
     """Names of the frames, where they are known without reading them."""
+    sequence_ids: Sequence[str] = ()
+    """The drive, scene or segment of every frame, where known without reading it: few-label lists are drawn by it."""
     wants: Wants = EVERYTHING
     """What it was asked for."""
 

@@ -7,6 +7,7 @@ and metrics. Everything else has a default.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, get_args
 
 import numpy as np
@@ -129,9 +130,19 @@ class Method(nn.Module):
         """One plain record (arrays, numbers, texts) a frame, for metrics and submission files; [] where there is none."""
         return []
 
+    def condense(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What `score` reads of the records of a batch. Default: the records as they are; a method whose records hold maps
+        leaves them out here, so that no validation keeps those of every frame."""
+        return records
+
     def score(self, records: list[dict[str, Any]]) -> dict[str, float]:
-        """Named numbers from the records of all frames that were predicted: a benchmark's metrics. {} where there is none."""
+        """Named numbers from the condensed records of all frames that were predicted: a benchmark's metrics. {} where there
+        is none."""
         return {}
+
+    def write_predictions(self, records: list[dict[str, Any]], folder: Path) -> None:
+        """Write what was predicted of some frames: pictures beside the truth, files as a benchmark takes them. Called for every
+        batch of an evaluation with its whole records, in order; nothing where a method predicts nothing."""
 
     def before_step(self, step: int, num_steps: int) -> None:
         """Called before every training batch, with the number of finished optimizer steps and of the whole run."""

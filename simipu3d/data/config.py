@@ -46,10 +46,15 @@ class ImageAugmentConfig(PartConfig):
     crop: tuple[PositiveInt, PositiveInt] | None = None
     """Height and width of a window at a drawn place; an image that is smaller keeps its own size in that direction.
     Default: none (released code)."""
+    rotation_deg: Annotated[float, Field(ge=0, le=45)] = 0.0
+    """The image is turned about its middle, before the crop, by an angle from [-rotation_deg, rotation_deg]; what comes in from
+    outside is black, and its truth unknown. Default: none (released code); depth runs on KITTI and NYU use 2.5."""
+    rotation_probability: Probability = 0.5
+    """Chance of a turn, with rotation_deg (BTS, arXiv:1907.10326)."""
     flip_probability: Probability = 0.5
     """Chance of a left-right mirror (released code)."""
     colour_probability: Probability = 0.8
-    """Chance that the colours are changed at all, by the four strengths below (SimCLR, arXiv:2002.05709)."""
+    """Chance that the colours are changed at all, by the six strengths below (SimCLR, arXiv:2002.05709)."""
     brightness: Strength = 0.0
     """Brightness is multiplied by a factor from [1 - strength, 1 + strength]. Default: none (released code)."""
     contrast: Strength = 0.0
@@ -58,6 +63,12 @@ class ImageAugmentConfig(PartConfig):
     """The same for saturation."""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Hue is turned by a fraction of the full circle from [-strength, strength]. Default: none (released code)."""
+    gamma: Strength = 0.0
+    """Values in 0..1 are raised to a power from [1 - strength, 1 + strength]. Default: none (released code); BTS (arXiv:1907.10326)
+    has 0.1."""
+    channels: Strength = 0.0
+    """Red, green and blue are each multiplied by a factor of their own from [1 - strength, 1 + strength]. Default: none (released
+    code); BTS has 0.1."""
     grayscale_probability: Probability = 0.0
     """Chance of losing all colour. Default: none (released code); MoCo v2 uses 0.2."""
     pad_multiple: PositiveInt = 32
@@ -74,7 +85,13 @@ class ImageAugmentConfig(PartConfig):
         """The same with nothing left to chance: a resize stays where its ranges leave one size, the rest goes."""
         ranges = {"factor": (self.resize_factor,), "long_short": (self.long_edge, self.short_edge), None: ()}
         fixed = all(low == high for low, high in ranges[self.resize])
-        changes = {"crop": None, "flip_probability": 0.0, "colour_probability": 0.0, "grayscale_probability": 0.0}
+        changes = {
+            "crop": None,
+            "rotation_deg": 0.0,
+            "flip_probability": 0.0,
+            "colour_probability": 0.0,
+            "grayscale_probability": 0.0,
+        }
         return self.model_copy(update=changes if fixed else changes | {"resize": None})
 
 
@@ -158,6 +175,11 @@ class DataConfig(PartConfig):
     """What to do with a frame that cannot be used: stop, or take the next one and say so."""
     max_bad_fraction: Probability = 0.01
     """With `skip`: the run stops when more than max(1, this fraction of the frames) are bad."""
+    label_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Train on this share of the frames, drawn by drive (or scene) where the reader knows the drives, else by frame; of two shares
+    with one seed the smaller one's frames are among the larger one's. Held-out frames stay all. Default: all."""
+    label_seed: NonNegativeInt = 0
+    """Which frames label_fraction draws."""
     freeze_draws: bool = False
     """Draw a frame's points and transforms once: every epoch repeats the draws of epoch 0."""
 

@@ -140,7 +140,8 @@ class TrainingModule(pl.LightningModule):
         seed_step(self.settings.seed, 0, number, 0)
         metrics = {name: float(value) for name, value in self.method(batch).items()}
         if batch.num_frames:
-            self._measured.append((number, batch.num_frames, metrics, self.method.predict(batch)))
+            records = self.method.condense(self.method.predict(batch))
+            self._measured.append((number, batch.num_frames, metrics, records))
 
     def on_validation_epoch_end(self) -> None:
         gathered: list[Any] = [self._measured]

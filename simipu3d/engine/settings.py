@@ -221,12 +221,20 @@ def parse_data(block: Any) -> DataConfig:
 
 
 def _validate_data(raw: dict[str, Any], validate: ValidateConfig) -> DataConfig:
-    """The `data:` block of held-out frames: that of training, with what differs."""
-    merged = merge({"data": raw["data"]}, {"data": validate.data})["data"]
+    """The `data:` block of held-out frames: that of training, with what differs, and with all labels."""
+    merged = merge({"data": _with_all_labels(raw["data"])}, {"data": validate.data})["data"]
     try:
         return parse_data(merged)
     except UserError as error:
         raise UserError(f"validate.{error}") from error
+
+
+def _with_all_labels(block: dict[str, Any]) -> dict[str, Any]:
+    """A `data:` block, and the sets of a mixture in it, without the keys of few labels: they are for training."""
+    kept = {key: value for key, value in block.items() if key not in ("label_fraction", "label_seed")}
+    if isinstance(kept.get("sets"), list):
+        kept["sets"] = [_with_all_labels(own) if isinstance(own, dict) else own for own in kept["sets"]]
+    return kept
 
 
 def with_data_range(model: type[BaseModel], blocks: dict[str, Any], data: DataConfig) -> dict[str, Any]:

@@ -4,6 +4,8 @@ Frames are in metres (camera: x right, y down, z forward); pixels are (u, v) wit
 the top-left pixel, the image covers [-0.5, W - 0.5). Shapes: N points.
 """
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -118,6 +120,15 @@ def resize_matrix(size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
     return torch.tensor(
         [[scale_u, 0, 0.5 * scale_u - 0.5], [0, scale_v, 0.5 * scale_v - 0.5], [0, 0, 1]], dtype=torch.float64
     )
+
+
+def turn_matrix(size: tuple[int, int], angle: float) -> Tensor:
+    """(3, 3) float64 move of pixels when an image of `size` (height, width) is turned about its middle by `angle` radians, from u
+    towards v."""
+    cos, sin = math.cos(angle), math.sin(angle)
+    u, v = (size[1] - 1) / 2, (size[0] - 1) / 2
+    rows = [[cos, -sin, u - cos * u + sin * v], [sin, cos, v - sin * u - cos * v], [0, 0, 1]]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def crop_matrix(top: int, left: int) -> Tensor:

@@ -132,6 +132,7 @@ class DriveWorld(BaseReader):
     def __init__(self, config: DriveWorldConfig, wants: Wants = EVERYTHING):
         super().__init__(config, wants)
         self.frame_ids = tuple(f"{config.split}-{index:06d}" for index in range(config.num_frames))
+        self.sequence_ids = tuple(self._sequence(index) for index in range(config.num_frames))
         self._rig = tuple(sensors.CAMERA_MOUNTS)[: config.num_cameras]
         self._cameras = config.cameras if config.cameras is not None else self._rig
         self._image_from_camera = sensors.pinhole(config.image_size, config.horizontal_fov_deg)
@@ -208,6 +209,9 @@ class DriveWorld(BaseReader):
         duration = (self.config.frames_per_sequence - 1) * self.config.frame_interval
         return build_scene(self._rng(0, sequence), duration)
 
+    def _sequence(self, index: int) -> str:
+        return f"{self.config.split}-{index // self.config.frames_per_sequence:05d}"
+
     def _time(self, index: int) -> float:
         return index % self.config.frames_per_sequence * self.config.frame_interval
 
@@ -283,7 +287,7 @@ class DriveWorld(BaseReader):
             point_columns=self.point_columns,
             cameras=cameras if self.wants.images else (),
             frame_id=self.frame_ids[index],
-            sequence_id=f"{self.config.split}-{index // self.config.frames_per_sequence:05d}",
+            sequence_id=self.sequence_ids[index],
             timestamp=self._time(index),
             world_from_lidar=arrays["world_from_lidar"],
             boxes=_frame_boxes(arrays) if self._wanted("boxes") else None,

@@ -24,6 +24,7 @@ from simipu3d.contracts.method import Needs
 from simipu3d.data.config import AugmentConfig, DataConfig
 from simipu3d.data.loading.augment import Sample, augment_frame
 from simipu3d.data.loading.collate import Collate, NoSample
+from simipu3d.data.loading.few_labels import few_labels
 from simipu3d.data.loading.order import EpochSampler, Key, reader_order, sample_seeds
 from simipu3d.data.loading.workers import obey_only_the_parent
 from simipu3d.errors import BadFrameError, UserError
@@ -44,8 +45,8 @@ def wants_of(needs: Needs) -> Wants:
 
 
 def build_reader(data: DataConfig, wants: Wants = EVERYTHING) -> FrameReader:
-    """The reader that `data.name` chooses, asked for `wants`."""
-    return READERS[data.name].target(data, wants)
+    """The reader that `data.name` chooses, asked for `wants`, with the frames that `data.label_fraction` leaves."""
+    return few_labels(READERS[data.name].target(data, wants), data)
 
 
 def check_gives(reader: FrameReader, needs: Needs, data: DataConfig) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simipu3d.contracts.frame import Camera, Frame, TruthKind
-from simipu3d.contracts.truth import BoxTruth
+from simipu3d.contracts.truth import UNLABELLED, BoxTruth
 from simipu3d.data.loading.augment_images import ImageMove, ImageSample
 from simipu3d.data.loading.augment_points import PointSample
 from simipu3d.errors import BadFrameError
@@ -130,7 +130,8 @@ def _counts(values: NDArray[np.int64] | None, number: int) -> Tensor:
 
 def _moved_map(values: NDArray, move: ImageMove, dtype: type, kind: str, where: str) -> Tensor:
     _check_shape(values.shape, move.raw_size, kind, where)
-    return torch.from_numpy(np.ascontiguousarray(move.move_map(values).astype(dtype)))
+    unknown = UNLABELLED if kind == "pixel_class" else 0
+    return torch.from_numpy(np.ascontiguousarray(move.move_map(values, unknown).astype(dtype)))
 
 
 def _present(value, kind: str, where: str):

@@ -74,10 +74,10 @@ class CustomReader(BaseReader):
         self._check_some(frames)
         self.frame_ids = tuple(f"{name}/{frame.id}" for name, frame in self.frames)
         self.gives = self._given()
-        names = [name for name, _ in self.frames]
+        self.sequence_ids = tuple(name for name, _ in self.frames)
         needed = ([f"{name}/{file}" for file in self._files(frame)] for name, frame in self.frames)
         self._check_present(
-            needed, names, "its sequence.json", "restore them, or list whole sequences in data.split_file"
+            needed, self.sequence_ids, "its sequence.json", "restore them, or list whole sequences in data.split_file"
         )
 
     def __len__(self) -> int:

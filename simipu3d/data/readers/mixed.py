@@ -17,6 +17,7 @@ from simipu3d.config import PartConfig, merge, parse_block, to_plain
 from simipu3d.contracts.frame import EVERYTHING, Boxes, Frame, FrameReader, Wants
 from simipu3d.contracts.truth import UNLABELLED
 from simipu3d.data.config import AugmentConfig, DataConfig
+from simipu3d.data.loading.few_labels import few_labels
 from simipu3d.data.loading.order import order_rng, reader_order
 from simipu3d.data.readers.base import BaseReader
 from simipu3d.errors import UserError
@@ -142,6 +143,12 @@ class MixedReader(BaseReader):
                 for label, reader in zip(self._labels, self.readers, strict=True)
                 for name in reader.frame_ids
             )
+        if all(len(reader.sequence_ids) == len(reader) for reader in self.readers):
+            self.sequence_ids = tuple(
+                f"{label}:{name}"
+                for label, reader in zip(self._labels, self.readers, strict=True)
+                for name in reader.sequence_ids
+            )
         self.shares = _shares(config, len(self))
 
     def __len__(self) -> int:
@@ -253,7 +260,7 @@ def _open_set(config: MixedConfig, number: int, wants: Wants) -> FrameReader:
     policy = {"on_bad_frame": config.on_bad_frame, "max_bad_fraction": config.max_bad_fraction}
     own = config.sets[number].data.model_copy(update=policy)
     try:
-        reader = READERS[own.name].target(own, wants)
+        reader = few_labels(READERS[own.name].target(own, wants), own)
     except UserError as error:
         message = str(error)  # names a key of the block as if it stood in data:
         key = f".{message.removeprefix('data.')}" if message.startswith("data.") else f": {message}"

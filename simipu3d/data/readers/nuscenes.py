@@ -89,10 +89,10 @@ class NuScenesReader(BaseReader):
         with_sweeps = wants.points and config.num_sweeps > 1
         self.frames = read_key_frames(self.tables, scene_names, cameras, with_sweeps=with_sweeps)
         self.frame_ids = self.frames.token
-        scenes = [self.frames.scene_names[scene] for scene in self.frames.scene]
+        self.sequence_ids = tuple(self.frames.scene_names[scene] for scene in self.frames.scene)
         way_out = "unpack all parts of the download, or list the scenes you have in data.split_file"
         names = ([self.frames.file_name[r].decode() for r in records] for records in self._records())
-        self._check_present(names, scenes, f"{self.tables.name}/sample_data.json", way_out)
+        self._check_present(names, self.sequence_ids, f"{self.tables.name}/sample_data.json", way_out)
         self.annotations = None
         # v1.0-test has the table, without a row.
         labelled = config.version != "v1.0-test" and (self.tables / ANNOTATIONS).is_file()
@@ -124,7 +124,7 @@ class NuScenesReader(BaseReader):
             point_columns=self.point_columns,
             cameras=cameras if self.wants.images else (),
             frame_id=self.frame_ids[index],
-            sequence_id=frames.scene_names[frames.scene[index]],
+            sequence_id=self.sequence_ids[index],
             timestamp=float(frames.record_timestamp[lidar] * 1e-6),
             world_from_lidar=world_from_lidar,
             native_from_lidar=NATIVE_FROM_LIDAR.copy(),

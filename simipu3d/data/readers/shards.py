@@ -79,6 +79,12 @@ class ShardsReader(BaseReader):
     def __len__(self) -> int:
         return self.manifest.frames
 
+    @property
+    def sequence_ids(self) -> tuple[str, ...]:
+        """The drive of every frame; reads the index of every shard."""
+        indexes = (self._load_index(shard) for shard in self.manifest.shards)
+        return tuple(parse_entry(line).sequence_id for lines in indexes for line in lines)
+
     def epoch_order(self, seed: int, epoch: int) -> NDArray[np.int64]:
         """(len,) shards in a drawn order, `shuffle_shards` at a time, their frames mixed."""
         group = self.config.shuffle_shards

@@ -143,6 +143,7 @@ class WaymoReader(BaseReader):
         self.segments = _chosen_segments(config, folder, source.list_segments(folder))
         self.source = source(folder, self.segments, self.request)
         self.positions = range(0, len(self.source.moments), config.load_interval)
+        self.sequence_ids = tuple(self.source.moments[position][0] for position in self.positions)
 
     def __len__(self) -> int:
         return len(self.positions)
