@@ -13,9 +13,9 @@ from simipu3d.contracts.tokens import FeatureMap, Level
 from simipu3d.errors import UserError
 
 
-def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
+def enlarge(maps: Tensor, size: Sequence[int]) -> Tensor:
     """(I, C, *size), bilinear; the centres of the corner cells stay at the corners (align_corners), as in the published runs."""
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=True)
+    return F.interpolate(maps, size=list(size), mode="bilinear", align_corners=True)
 
 
 class UpBlock(nn.Module):
@@ -58,6 +58,7 @@ class DenseDecoder(nn.Module):
             if isinstance(module, nn.Conv2d):
                 # Nine layers without a norm: torch's own initialisation would let the signal fade by 0.4 a layer.
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                assert module.bias is not None
                 nn.init.zeros_(module.bias)
         self.logit = nn.Conv2d(own[0], 1, 3, padding=1)
 
