@@ -28,7 +28,7 @@ class UpBlock(nn.Module):
 
     def forward(self, coarse: Tensor, fine: Tensor) -> Tensor:
         """(I, out, Hf, Wf) at the size of the finer map."""
-        joined = torch.cat([enlarge(coarse, fine.shape[-2:]), fine], dim=1)
+        joined = torch.cat([enlarge(coarse, (fine.shape[-2], fine.shape[-1])), fine], dim=1)
         return self.second(self.first(joined).relu()).relu()
 
 
@@ -58,7 +58,7 @@ class DenseDecoder(nn.Module):
             if isinstance(module, nn.Conv2d):
                 # Nine layers without a norm: torch's own initialisation would let the signal fade by 0.4 a layer.
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                nn.init.zeros_(module.bias)
+                module.bias.data.zero_()
         self.logit = nn.Conv2d(own[0], 1, 3, padding=1)
 
     def forward(self, maps: Sequence[FeatureMap]) -> Tensor:

@@ -84,12 +84,14 @@ class Depth(Method):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """`depth_loss` (SigLoss over the `depth_rows` pixels whose truth is known) and their `depth_abs_rel`, to watch."""
-        own, view, truth = self.config.depth, batch.images[0], batch.truth.depth[0]
+        own, view, truth = self.config.depth, batch.images[0], _truth(batch)
         if len(view.images) == 0:
             zero = sum(p.sum() * 0 for p in self.parameters() if p.requires_grad)
             nothing = torch.zeros((), device=view.images.device)
             return {"loss": zero + nothing, "depth_loss": nothing, "depth_abs_rel": nothing, "depth_rows": nothing}
-        depth = self._at_pixels(self.depth_of(view.images, view.image_size), tuple(view.images.shape[-2:]))
+        depth = self._at_pixels(
+            self.depth_of(view.images, view.image_size), (view.images.shape[-2], view.images.shape[-1])
+        )
         loss = sig_loss(
             depth,
             truth,
@@ -129,7 +131,7 @@ class Depth(Method):
         """Limited at the decoder's resolution, as published, then enlarged."""
         own = self.config.depth
         depth = self.depth_of(images, image_size).clamp(own.min_depth, own.max_depth)
-        return self._at_pixels(depth, tuple(images.shape[-2:]))
+        return self._at_pixels(depth, (images.shape[-2], images.shape[-1]))
 
     def predict(self, batch: Batch) -> list[dict[str, Any]]:
         """A record a frame: `frame_id`, and for each of its `cameras` the image, predicted `depth` and `truth`, all (h, w) of
@@ -143,7 +145,7 @@ class Depth(Method):
         for index, depth in enumerate(depths):
             record = records[int(view.batch_index[index])]
             height, width = depth.shape
-            truth = batch.truth.depth[0][index, :height, :width].cpu().numpy()
+            truth = _truth(batch)[index, :height, :width].cpu().numpy()
             record["cameras"].append(view.camera_names[index])
             record["images"].append(view.images[index, :, :height, :width].permute(1, 2, 0).cpu().numpy())
             record["depth"].append(depth.numpy())
@@ -204,3 +206,10 @@ class Depth(Method):
             return {}
         record = self.predict(batch)[0]
         return {"depth": self._picture(record["images"][0], record["depth"][0], record["truth"][0])}
+
+
+def _truth(batch: Batch) -> Tensor:
+    """(I, H, W) metres, 0 where unknown: what `NEEDS` asks for."""
+    assert batch.truth is not None
+    assert batch.truth.depth is not None
+    return batch.truth.depth[0]
