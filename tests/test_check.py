@@ -11,6 +11,7 @@ from simipu3d.config import parse_part
 from simipu3d.contracts.frame import Boxes, Frame
 from simipu3d.data.check import as_on_disk, check_frame, check_frames, collect, frame_count, spread_indices, summary
 from simipu3d.errors import BadFrameError
+from simipu3d.geometry.transforms import rotation_z
 from simipu3d.registry import READERS
 from simipu3d.tools import inspect_data
 
@@ -61,6 +62,18 @@ def put(column, value, rows=slice(3, 6)):
     return change
 
 
+def placed(*shift):
+    matrix = CAMERA_FROM_LIDAR.copy()
+    matrix[:3, 3] = shift
+    return matrix
+
+
+def saturated(value, share=0.8):
+    image = sound().cameras[0].image.copy()
+    image.reshape(-1, 3)[: round(share * 64 * 96)] = value
+    return image
+
+
 BEHIND = np.diag([1.0, 1, -1, 1]) @ np.diag([-1.0, 1, 1, 1]) @ CAMERA_FROM_LIDAR
 EMPTY_PLACE = np.array([[15.0, 0.0, 0.0]])
 PROBLEMS = {
@@ -97,12 +110,33 @@ PROBLEMS = {
         with_camera(image_from_camera=np.column_stack([sound().cameras[0].image_from_camera[:, :3].T, np.zeros(3)])),
         ["front: image_from_camera has the last row [47.5, 31.5, 1.0, 0.0], which must begin with 0, 0, 1"],
     ),
+    "inverted extrinsics": (
+        with_camera(camera_from_lidar=np.linalg.inv(CAMERA_FROM_LIDAR)),
+        ["front: camera_from_lidar turns the picture on its side and its inverse does not"],
+    ),
+    "transposed extrinsics": (with_camera(camera_from_lidar=placed(0.1, 0.2, 0.3).T), ["is it transposed?"]),
+    "centimetres": (with_camera(camera_from_lidar=placed(-0.4, -7.6, -27.0)), ["front: is 28 m from the lidar"]),
+    "singular": (with_camera(camera_from_lidar=np.zeros((4, 4))), ["front: camera_from_lidar has the last row"]),
+    "normalised intrinsics": (
+        with_camera(image_from_camera=np.diag([1 / 96, 1 / 64, 1]) @ sound().cameras[0].image_from_camera),
+        [
+            "front: image_from_camera has focal lengths 0.625 and 0.9375 pixels for an image of 64 x 96; are they normalised"
+        ],
+    ),
+    "looks elsewhere": (
+        with_camera(camera_from_lidar=CAMERA_FROM_LIDAR @ rotation_z(1.35).numpy()),
+        ["no camera sees more than 3.0% of its 100 points, next to nothing"],
+    ),
+    "white": (with_camera(image=saturated(255)), ["front: 80% of the image is pure white"]),
+    "black": (with_camera(image=saturated(0, 0.97)), ["front: 97% of the image is pure black"]),
+    "one point": (sound(points=sound().points[:1], boxes=None), ["holds only 1 points"]),
+    "a bug of a reader": (ZeroDivisionError("oh\nno"), ["frame with index 0: cannot be read, and its reader does not"]),
     "degrees": (moved_box(yaw=np.array([90.0])), ["the yaw of 1 of 1 boxes is beyond a full turn, up to 90"]),
     "late": (with_camera(timestamp=3.0), ["front: was exposed +3.00 s from"]),
     "world": (sound(world_from_lidar=np.ones((4, 4))), ["world_from_lidar has the last row"]),
     "empty box": (
         moved_box(center=EMPTY_PLACE, size=np.full((1, 3), 0.01)),
-        ["1 of 1 boxes hold no point (first: car"],
+        ["1 of 1 boxes that should hold points hold none (first: car"],
     ),
     "flat box": (moved_box(size=np.array([[1.0, 0, 1]])), ["1 of 1 boxes are not finite or have no size"]),
     "NaN box": (moved_box(center=np.full((1, 3), np.nan)), ["1 of 1 boxes are not finite"]),
@@ -116,7 +150,7 @@ def test_each_problem_is_told(name):
     assert len(report.problems) == len(words), report.problems
     for problem, expected in zip(report.problems, words, strict=True):
         assert expected in problem
-        assert name == "bad frame" or problem.startswith("frame 000000: ")
+        assert name in ("bad frame", "a bug of a reader") or problem.startswith("frame 000000: ")
         assert "\n" not in problem
 
 
@@ -143,6 +177,29 @@ def test_boxes_that_may_be_empty_are_no_problem():
     assert [check_frame(Frames([frame]), 0).problems for frame in (far, few, none)] == [(), (), ()]
     many = moved_box(center=EMPTY_PLACE, size=np.full((1, 3), 0.01), num_points=np.array([5]))
     assert check_frame(Frames([many]), 0).problems
+
+
+def test_boxes_of_kitti_that_hide_are_no_problem():
+    """Without counts: far, occluded and truncated cars may hold nothing, and so may a few of many."""
+    at = np.array([[15.0, 0, 0], [10.0, 0, 0], [45.0, 0, 0]])
+    frame = sound(points=np.concatenate([sound().points, np.float32([[60, 0, 0, 0], [60, 0, 5, 0]])]))
+    nothing = {"size": np.full((3, 3), 0.01), "yaw": np.zeros(3), "names": ("car",) * 3}
+    for known in ({"occlusion": np.array([1, 2, 0])}, {"truncation": np.array([0.9, 0.6, 0])}):
+        assert check_frame(Frames([replace(frame, boxes=Boxes(at, **nothing, **known))]), 0).problems == ()
+    hidden = Boxes(at, **nothing, occlusion=np.array([0, 0, 0]))
+    (problem,) = check_frame(Frames([replace(frame, boxes=hidden)]), 0).problems
+    assert "2 of 2 boxes that should hold points hold none" in problem
+    mostly = np.concatenate([frame.points[:4, :3].astype(np.float64), at[:1]])
+    few = Boxes(mostly, np.full((5, 3), 0.1), np.zeros(5), ("car",) * 5)
+    assert check_frame(Frames([replace(frame, boxes=few)]), 0).problems == ()
+
+
+def test_rounding_in_a_last_row_is_no_problem():
+    matrix = sound().cameras[0].image_from_camera.copy()
+    matrix[2, 0] = 1e-16
+    extrinsics = CAMERA_FROM_LIDAR.copy()
+    extrinsics[3, :3] = 1e-17
+    assert check_frame(Frames([with_camera(image_from_camera=matrix, camera_from_lidar=extrinsics)]), 0).problems == ()
 
 
 def drive(times, ids=None):

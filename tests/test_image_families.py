@@ -160,6 +160,34 @@ def test_gradient_checkpointing_changes_no_gradient_and_no_statistic(family, nor
     torch.testing.assert_close(features, other_features)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("crossvit_tiny_240", "crossvit_tiny_240 has a map of .* so that no stride says where a cell lies"),
+        ("nest_tiny", "does not take images of any size .only 224 x 224 pixels"),
+        ("inception_v3", "does not take images of any size .its windows have no padding"),
+    ],
+)
+def test_a_backbone_whose_cells_are_nowhere_in_particular_is_refused_for_the_right_reason(name, words):
+    with pytest.raises(UserError, match=words):
+        ImageEncoder(parse_block("image_encoder", ImageEncoderConfig, {"name": name}))
+
+
+@pytest.mark.parametrize(
+    ("name", "map", "multiple"), [("mobilevitv2_050", -1, 64), ("hrnet_w18_small", 16, 32), ("hrnet_w18_small", -1, 32)]
+)
+def test_odd_numbers_of_cells_are_padded_where_the_backbone_needs_even_ones(name, map, multiple):
+    """Otherwise it resizes inside, or its branches do not meet: cells would not lie where their number says."""
+    torch.manual_seed(1)
+    block = parse_block("image_encoder", ImageEncoderConfig, {"name": name})
+    network = ImageEncoder(block, map=map).eval()
+    assert network.pad_multiple == multiple
+    with torch.no_grad():
+        given = network(torch.zeros(1, 3, 70, 5 * network.maps[-1].stride - 3))[-1]
+    padded = [-(-size // multiple) * multiple for size in (70, 5 * given.stride - 3)]
+    assert given.features.shape[2:] == tuple(size // given.stride for size in padded)
+
+
 def test_gradient_checkpointing_is_refused_where_it_would_do_nothing(monkeypatch):
     resnet = import_timm().models.resnet.ResNet
     monkeypatch.setattr(resnet, "set_grad_checkpointing", lambda self, enable: None)

@@ -119,7 +119,8 @@ def test_a_run_that_is_ended_at_random_goes_on(number, server, tiny, tiny_run, t
         # Too late, for a run that was through, or just before it looked at its signals.
         assert process.exitcode in (STATUS[way], 0, *((-signal.Signals[way],) if way.startswith("SIG") else ())), lines
         assert len(said) == (process.exitcode > 0), lines
-        assert not any("Traceback" in line for line in lines), lines
+        # Workers that lose their parent in the middle of a hand-over may say so.
+        assert process.exitcode == -9 or not any("Traceback" in line for line in lines), lines
         assert not list(out.rglob("*.part")) or process.exitcode == -9
         print(f"{number} {way}, status {process.exitcode}, {rows_of(out)} rows, {workers} workers: {said}")
         ballast.unlink(missing_ok=True)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from simipu3d.data.readers.tfrecord import read_record
+from simipu3d.data.readers.waymo_protos import message_class
 from simipu3d.errors import UserError
 from simipu3d.metrics.files.waymo import FrameName, read_objects, score, write_objects
 from simipu3d.metrics.waymo import RANGES, FrameObjects, average_precision, overall, waymo_ap
@@ -220,3 +222,22 @@ def test_files(tmp_path):
     back = read_objects(tmp_path / "pred.bin", {}, needs_score=True)
     assert np.array_equal(back.boxes, found.boxes)
     assert np.array_equal(back.in_no_label_zone, found.in_no_label_zone)
+
+
+def test_real_labels_as_predictions(samples, tmp_path):
+    """The labels of a real frame, written as truth and as predictions."""
+    record = read_record(samples / "waymo_v1" / "pvps_data_one_frame.tfrecord", 0, 0)
+    labels = [
+        each for each in message_class("Frame").FromString(record).laser_labels if each.num_lidar_points_in_box > 0
+    ]
+    truth, found = message_class("Objects")(), message_class("Objects")()
+    for place, each in enumerate(labels):
+        truth.objects.add(object=each, context_name=b"s", frame_timestamp_micros=1)
+        found.objects.add(object=each, context_name=b"s", frame_timestamp_micros=1, score=(place + 1) / len(labels))
+    for name, message in (("gt", truth), ("pred", found)):
+        (tmp_path / name).write_bytes(message.SerializeToString())
+    values = score(tmp_path / "gt", tmp_path / "pred").values
+    present = [each for each in values["breakdowns"].values() if each["num_objects"]]
+    assert len(present) >= 6
+    for each in present:
+        assert (each["ap"], each["aph"]) == pytest.approx((1, 1))

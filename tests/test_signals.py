@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import multiprocessing.resource_sharer
 import os
 import signal
 import sys
@@ -74,7 +75,9 @@ def test_half_a_step_is_not_stored(tiny, tmp_path, at_step, capfd):
     assert checkpoint(tmp_path / "run")["simipu3d"]["position"] == [1, 0]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGUSR1, signal.SIGINT))]
+)
 def test_workers_do_not_die_of_a_signal_to_all_processes(number, tiny, tiny_run, tmp_path, at_step, capfd, monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     out, sets = tmp_path / "run", ["--set", "data.num_workers=2"]
@@ -97,6 +100,20 @@ def test_workers_do_not_die_of_a_signal_to_all_processes(number, tiny, tiny_run,
 
 def test_a_killed_worker_is_one_line(tiny, tmp_path, at_step, capfd):
     at_step(2, lambda: os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL))
+    status, lines = call(capfd, "--cfg", tiny, "--out", tmp_path / "run", "--set", "data.num_workers=2")
+    assert status == 2
+    assert "error: a data worker was killed" in lines[-1]
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_a_batch_of_a_worker_that_is_gone_is_one_line(tiny, tmp_path, at_step, capfd, monkeypatch):
+    """Killed between its announcement of a batch and the hand-over: the connection is refused."""
+
+    def refuse(_):
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    sharer = multiprocessing.resource_sharer._ResourceSharer
+    at_step(2, lambda: monkeypatch.setattr(sharer, "get_connection", staticmethod(refuse)))
     status, lines = call(capfd, "--cfg", tiny, "--out", tmp_path / "run", "--set", "data.num_workers=2")
     assert status == 2
     assert "error: a data worker was killed" in lines[-1]

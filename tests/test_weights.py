@@ -119,6 +119,16 @@ def test_pretrained_folds_as_init_does(tmp_path, form):
     assert_alike(features(method.inner["camera"]), features(trained))
 
 
+def test_what_a_run_says_of_itself_counts_more_than_a_statement(tmp_path, caplog):
+    block = {**TINY, "bn_eps": 1e-3, "input": "caffe_bgr"}
+    torch.manual_seed(4)
+    trained = randomise(image(block))
+    save_run(tmp_path / "x.ckpt", trained, block)
+    given = image(pretrained=str(tmp_path / "x.ckpt"), weights={"input": "imagenet_rgb", "norm_eps": 1e-5})
+    assert_alike(features(given), features(trained))
+    assert "says that its pictures were caffe_bgr; image_encoder.weights.input is not read" in caplog.text
+
+
 def test_what_a_file_does_not_say_is_said_to_be_assumed(tmp_path, source, caplog):
     torch.save(under("backbone.", source.trunk.state_dict()), tmp_path / "x.pth")
     image(pretrained=str(tmp_path / "x.pth"))

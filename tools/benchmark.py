@@ -13,6 +13,7 @@ from simipu3d.errors import UserError
 
 SUITES = {
     "data": "every reader and the shards: frames a second and core, where the time goes, peak memory",
+    "downstream": "rotated boxes and the scorers of KITTI, nuScenes and Waymo: seconds a call",
     "encoders": "every point encoder: time and memory of a training step by number of points",
 }
 
@@ -21,6 +22,7 @@ EXAMPLES = """suites:
 
 examples:
   python tools/benchmark.py --suite data --samples /path/to/samples --json data.json
+  python tools/benchmark.py --suite downstream --samples /path/to/samples --json downstream.json
   python tools/benchmark.py --suite encoders --json encoders.json
 """.format(suites="\n".join(f"  {name:10} {about}" for name, about in SUITES.items()))
 

@@ -21,7 +21,7 @@ example:
 Every file is read back and its features compared with the trained network's before it gets its name: docs/export.md
 """
 # Options of one branch, and what they are when they are not given.
-IMAGE_ONLY = {"input": None, "convert_weights": False}
+IMAGE_ONLY = {"input": None, "convert_weights": False, "calibrate": None}
 POINTS_ONLY = {"network": None, "layout": None, "channels": None, "intensity_scale": 1.0, "partial": False}
 
 
@@ -39,11 +39,11 @@ def build_parser() -> argparse.ArgumentParser:
     normalisation = "image: normalisation the file expects; caffe_bgr for std 1 in mmdet3d (default: imagenet_rgb)"
     add("--input", choices=["imagenet_rgb", "caffe_bgr"], help=normalisation)
     add("--convert-weights", action="store_true", help="image, Swin: Microsoft's names, for CONVERT_WEIGHTS: True")
+    add("--calibrate", type=Path, metavar="CFG", help="image: measure BatchNorm statistics on the pictures of CFG")
     add("--network", metavar="N", help="points: which of the target's networks (default: the first that fits)")
     add("--layout", choices=["spconv1", "spconv2"], help="points: of sparse weights (default: what the target reads)")
     add("--channels", type=int, metavar="C", help="points: pad or cut the input columns to C (default: as trained)")
-    intensity = "points: the target's intensity is S times ours"
-    add("--intensity-scale", type=float, default=1.0, metavar="S", help=intensity)
+    add("--intensity-scale", type=float, default=1.0, metavar="S", help="points: the target's intensity is S x ours")
     add_plugins_argument(parser)
     add("--no-bias", action="store_true", help="points: for VoxelResBackBone8x with USE_BIAS: False")
     add("--partial", action="store_true", help="points, pointcept: write the part that fits")
@@ -65,7 +65,7 @@ def body(args: argparse.Namespace) -> None:
     common = {"prefix": args.prefix, "overwrite": args.overwrite}
     if args.branch == "image":
         options = {"input": args.input or "imagenet_rgb", "convert_weights": args.convert_weights}
-        print(export_image(args.ckpt, args.to, args.out, **common, **options).summary())
+        print(export_image(args.ckpt, args.to, args.out, calibrate_on=args.calibrate, **common, **options).summary())
     else:
         options = {key: getattr(args, key) for key in POINTS_ONLY} | {"bias": not args.no_bias}
         print(export_points(args.ckpt, args.to, args.out, **common, **options).summary())

@@ -2,7 +2,8 @@
 
 Only the `data:` and `augment:` blocks are read. Of each frame two pages are written: the frame as it was read (projected points and
 boxes in all cameras, the scan from above) and what augmentation makes of it (two views with matches, the augmented images
-with their points). `--check N` draws nothing and reports every problem that it finds in N frames.
+with their points). `--check N` reports every problem that it finds in N frames, and draws how depth edges meet the pictures
+where a calibration seems off (with --out: of every camera).
 """
 
 import argparse
@@ -16,6 +17,7 @@ from rich.progress import track
 
 from simipu3d.command_line import add_config_arguments, print_table, run
 from simipu3d.contracts.method import Needs
+from simipu3d.data.calibration_picture import write_calibrations
 from simipu3d.data.check import as_on_disk, check_frames, collect, frame_count, spread_indices, summary
 from simipu3d.data.loading import loader
 from simipu3d.engine.settings import load_data_settings
@@ -29,12 +31,12 @@ def inspect(args: argparse.Namespace) -> None:
     config = settings.data
     reader = loader.build_reader(config if args.check is None else as_on_disk(config))
     title = f"{config.name}, split {config.split}: {len(reader)} frames"
+    out, facts = Path(args.out or Path("runs") / f"inspect-{Path(args.cfg).stem}"), []
     if args.num < 1 or len(reader) == 0:
         raise UserError(f"nothing to read: --num is {args.num}, and split {config.split} has {len(reader)} frames")
     if args.check is not None:
-        check(reader, args.check, config.num_workers, title)
+        check(reader, args.check, config.num_workers, title, out, draw=args.out is not None)
         return
-    out, facts = Path(args.out or Path("runs") / f"inspect-{Path(args.cfg).stem}"), []
     for index in spread_indices(args.num, len(reader)):
         try:
             frame = reader[index]
@@ -55,14 +57,15 @@ def inspect(args: argparse.Namespace) -> None:
     print(f"pages of {len(facts)} frames in {out}")
 
 
-def check(reader: loader.FrameReader, number: int, num_workers: int, title: str) -> None:
-    """Read frames, print every problem and a summary; problems are an error."""
+def check(reader: loader.FrameReader, number: int, num_workers: int, title: str, out: Path, draw: bool) -> None:
+    """Read frames, print every problem and a summary; `draw`: write pictures of the calibration even where it agrees."""
     indices = spread_indices(number, len(reader))
     checks, console = check_frames(reader, indices, num_workers), Console(stderr=True)
     report = collect(list(track(checks, "checking", len(indices), console=console, disable=not console.is_terminal)))
-    for problem in report.problems:
-        print(problem)
+    print("\n".join(report.problems), end="\n" if report.problems else "")
     print_table(("what", "found"), summary(report), title)
+    if draw or any(calibration.is_problem for calibration in report.calibrations):
+        print(f"depth edges on pictures: {', '.join(map(str, write_calibrations(out, reader, report)))}")
     if report.problems:
         raise UserError(f"{len(report.problems)} problems in {len(indices)} frames, listed above")
     print(f"no problem in {len(indices)} frames")
@@ -73,12 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="inspect_data", description=__doc__.partition("\n")[0])
     add_config_arguments(parser)
     parser.add_argument("--num", type=int, default=8, metavar="N", help="frames, spread over the split (default: 8)")
-    parser.add_argument(
-        "--check",
-        type=frame_count,
-        metavar="N",
-        help="draw nothing; read N frames, spread over the split (all or 0: every frame), and report every problem",
-    )
+    what = "read N frames, spread over the split (all or 0: every frame), and report every problem"
+    parser.add_argument("--check", type=frame_count, metavar="N", help=what)
     parser.add_argument("--out", metavar="DIR", help="folder for the pages (default: runs/inspect-<configuration>)")
     return run(parser, inspect, argv)
 

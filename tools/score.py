@@ -21,20 +21,11 @@ EXAMPLES = """examples:
 
 The definitions, their sources and the file formats: docs/metrics.md
 """
-# What each benchmark's `score` takes beside the two paths: option -> (argument, default).
-OPTIONS = {
-    "kitti": {"frames": ("frames", None)},
-    "nuscenes": {"split": ("split", None)},
-    "waymo": {},
-    "depth": {
-        "frames": ("frames", None),
-        "depth_scale": ("scale", 256.0),
-        "min_depth": ("min_depth", 1e-3),
-        "max_depth": ("max_depth", 80.0),
-        "crop": ("crop", "none"),
-        "kb_crop": ("kb", False),
-    },
-}
+# What each benchmark's `score` takes beside the two paths: option -> (its argument, default).
+FRAMES = {"frames": ("frames", None)}
+DEPTH = {"depth_scale": ("scale", 256.0), "min_depth": ("min_depth", 1e-3), "max_depth": ("max_depth", 80.0)}
+CROP = {"crop": ("crop", "none"), "kb_crop": ("kb", False)}
+OPTIONS = {"kitti": FRAMES, "nuscenes": {"split": ("split", None)}, "waymo": {}, "depth": FRAMES | DEPTH | CROP}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,14 +54,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def body(args: argparse.Namespace) -> None:
     """Score, show, write."""
+    if args.json is not None and not args.json.parent.is_dir():
+        raise UserError(f"--json: {args.json.parent}: no such folder")
     own = OPTIONS[args.benchmark]
     for option in sorted({name for options in OPTIONS.values() for name in options} - set(own)):
         if getattr(args, option) is not None:
             raise UserError(f"--{option.replace('_', '-')} means nothing to --benchmark {args.benchmark}; leave it out")
-    given = {
-        argument: default if getattr(args, option) is None else getattr(args, option)
-        for option, (argument, default) in own.items()
-    }
+    asked = {option: getattr(args, option) for option in own}
+    given = {argument: default if asked[name] is None else asked[name] for name, (argument, default) in own.items()}
     scores = importlib.import_module(f"simipu3d.metrics.files.{args.benchmark}").score(args.gt, args.pred, **given)
     for table in scores.tables:
         print_table(table.columns, table.rows, table.title)

@@ -1,7 +1,8 @@
-"""Is a data set whole and plausible? Frames are read one after the other, and every problem that is found is told.
+"""Is a data set whole and plausible? Frames are read one after the other, and every problem that is found is reported.
 
 Nothing here stops at the first problem: a frame that cannot be read is one of them. What a frame says about itself is
-checked where it was read (a worker process), what frames say about each other at the end.
+checked where it was read (a worker process), what frames say about each other at the end: order in time, and whether the
+pictures agree with the calibration (`data.calibration_check`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,19 +15,37 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from simipu3d.contracts.frame import Boxes, Camera, Frame, FrameReader
+from simipu3d.data.calibration_check import (
+    NUM_FRAMES,
+    CalibrationCheck,
+    EdgeScores,
+    calibration_problem,
+    edge_scores,
+    judge_all,
+)
 from simipu3d.data.config import DataConfig
 from simipu3d.data.loading.loader import start_worker
 from simipu3d.data.readers.mixed import MixedConfig
 from simipu3d.errors import BadFrameError
 from simipu3d.geometry.camera import project_points
+from simipu3d.geometry.rigid import check_rigid
 from simipu3d.ops.rotated_iou import points_in_boxes
 
 FARTHEST = 500.0
 """A point farther away than this, metres, is implausible: no lidar of a car measures so far."""
 NEAREST = 1.0
 """If nearly all points lie nearer than this, metres, the unit is probably another one."""
-FARTHEST_CAMERA = 30.0
-"""A camera farther from its lidar than this, metres, is not on the same car: a pose is inverted, or in another unit."""
+FARTHEST_CAMERA = 8.0
+"""A camera farther than this from the origin of the lidar frame, metres, is not on the same car: a pose is inverted, or in
+another unit (27 cm in KITTI)."""
+FEWEST_POINTS = 50
+"""A scan with fewer points is no scan."""
+LEAST_SEEN = 0.05
+"""A camera that sees less than this share of what a camera like it would see from the lidar looks elsewhere."""
+WHITE, BLACK = 0.5, 0.95
+"""Shares of pure white and pure black pixels beyond which a picture is saturated; nights are dark but not black."""
+NEAR_BOX = 40.0
+"""Where nobody says how many points a box holds, only boxes nearer than this, metres, are expected to hold some."""
 LATEST = 0.5
 """Seconds between scan and exposure beyond which an image does not belong to its scan."""
 GAP = 3.0
@@ -35,18 +54,18 @@ FEW = 5
 """A box that is said to hold fewer points than this may hold none: range noise carries some out of it."""
 UNFILTERED: dict[str, Any] = {"point_range": None, "frustum": False, "load_interval": 1}
 """Keys of readers that take points or frames away, at the values that take none."""
-SKEW = 1e-3
-"""How far R R^T of a rotation R may be from the identity; calibrations are printed with few digits."""
 
 
 @dataclass(frozen=True)
 class CameraCheck:
-    """What one camera of a frame showed: its name, image size, share of the points in it, seconds after the scan."""
+    """What one camera of a frame showed: its name, image size, share of the points in it, seconds after the scan, and how
+    its depth edges meet the picture's (None where that was not looked at)."""
 
     name: str
     image_size: tuple[int, int]
     seen: float
     offset: float | None
+    edges: EdgeScores | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -65,21 +84,27 @@ class FrameCheck:
 
 @dataclass
 class Report:
-    """What a check found: the frames in the order of the data set, and a line for every problem."""
+    """What a check found: the frames in the order of the data set, a line for every problem, a verdict on every camera."""
 
     frames: list[FrameCheck] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    calibrations: list[CalibrationCheck] = field(default_factory=list, compare=False)
+
+    def example(self, camera: str) -> int:
+        """Index of a frame in which this camera was compared with its calibration: the middle one of them."""
+        shown = [frame.index for frame in self.frames for own in frame.cameras if own.name == camera and own.edges]
+        return shown[len(shown) // 2]
 
 
 class _Checked(Dataset[FrameCheck]):
-    def __init__(self, reader: FrameReader):
-        self.reader = reader
+    def __init__(self, reader: FrameReader, with_edges: set[int]):
+        self.reader, self.with_edges = reader, with_edges
 
     def __len__(self) -> int:
         return len(self.reader)
 
     def __getitem__(self, index: int) -> FrameCheck:
-        return check_frame(self.reader, index)
+        return check_frame(self.reader, index, with_edges=index in self.with_edges)
 
 
 def as_on_disk(config: DataConfig) -> DataConfig:
@@ -109,10 +134,12 @@ def frame_count(word: str) -> int:
 
 
 def check_frames(reader: FrameReader, indices: Sequence[int], num_workers: int = 0) -> Iterator[FrameCheck]:
-    """Read and check frames, in the order of `indices`, in `num_workers` processes (0: in this one)."""
+    """Read and check frames, in the order of `indices`, in `num_workers` processes (0: in this one). The pictures of up to
+    `NUM_FRAMES` of them are compared with the calibration."""
     parallel = num_workers > 0
+    with_edges = {indices[position] for position in spread_indices(NUM_FRAMES, len(indices))}
     yield from DataLoader(
-        _Checked(reader),
+        _Checked(reader, with_edges),
         batch_size=None,
         sampler=list(indices),
         num_workers=num_workers,
@@ -121,30 +148,40 @@ def check_frames(reader: FrameReader, indices: Sequence[int], num_workers: int =
     )
 
 
-def check_frame(reader: FrameReader, index: int) -> FrameCheck:
-    """Read one frame and look for what is wrong with it."""
+def check_frame(reader: FrameReader, index: int, with_edges: bool = True) -> FrameCheck:
+    """Read one frame and look for what is wrong with it; `with_edges`: also compare its pictures with the calibration."""
     try:
         frame = reader[index]
     except BadFrameError as error:
         return FrameCheck(index, (str(error),))
+    except Exception as error:  # a bug of a reader's must not hide what the other frames have to say
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        return FrameCheck(
+            index, (f"frame with index {index}: cannot be read, and its reader does not know why ({words})",)
+        )
     cameras, blind, problems = [], [], [*_point_problems(frame, reader.point_columns)]
+    usable = frame.points.ndim == 2 and np.isfinite(frame.points).all()
     for camera in frame.cameras:
         wrong = _calibration_problems(camera)
         seen = 0.0 if wrong else _share_seen(camera, frame.points)
+        looks_away = not wrong and seen < LEAST_SEEN * _share_of_a_like_camera(camera, frame.points)
         known = camera.timestamp is not None and frame.timestamp is not None
         check = CameraCheck(
-            camera.name, camera.image.shape[:2], seen, camera.timestamp - frame.timestamp if known else None
+            camera.name,
+            camera.image.shape[:2],
+            seen,
+            camera.timestamp - frame.timestamp if known else None,
+            edge_scores(camera, frame.points) if with_edges and usable and not wrong and seen else None,
         )
         cameras.append(check)
         problems += [f"{camera.name}: {problem}" for problem in (*wrong, *_image_problems(camera, check))]
-        blind += [] if seen or wrong else [camera.name]
+        blind += [check] if not wrong and (not seen or looks_away) else []
     if len({camera.name for camera in cameras}) < len(cameras):
         problems.append(f"two cameras have one name: {', '.join(camera.name for camera in cameras)}")
     if blind:
-        who = "no camera" if len(blind) == len(cameras) else f"not one of {', '.join(blind)}"
-        problems.append(f"{who} sees any of its {len(frame.points)} points; check its calibration")
-    if frame.world_from_lidar is not None and (wrong := _pose_problem(frame.world_from_lidar)):
-        problems.append(f"world_from_lidar {wrong}")
+        problems.append(_blind_problem(blind, len(cameras), len(frame.points)))
+    if frame.world_from_lidar is not None and (pose := check_rigid(frame.world_from_lidar)):
+        problems.append(f"world_from_lidar {pose}")
     if frame.boxes is not None:
         problems += _box_problems(frame.boxes, frame.points)
     return FrameCheck(
@@ -159,6 +196,15 @@ def check_frame(reader: FrameReader, index: int) -> FrameCheck:
     )
 
 
+def _blind_problem(blind: Sequence[CameraCheck], num_cameras: int, num_points: int) -> str:
+    names = ", ".join(check.name for check in blind)
+    seen = max(check.seen for check in blind)
+    who = "no camera" if len(blind) == num_cameras else f"not one of {names}"
+    if seen:
+        return f"{who} sees more than {seen:.1%} of its {num_points} points, next to nothing; check its calibration"
+    return f"{who} sees any of its {num_points} points; check its calibration"
+
+
 def _point_problems(frame: Frame, columns: tuple[str, ...]) -> Iterator[str]:
     points = frame.points
     if frame.point_columns != columns or points.ndim != 2 or points.shape[1] != len(columns):
@@ -167,6 +213,8 @@ def _point_problems(frame: Frame, columns: tuple[str, ...]) -> Iterator[str]:
     if len(points) == 0:
         yield "holds no points"
         return
+    if len(points) < FEWEST_POINTS:
+        yield f"holds only {len(points)} points; a scan has thousands"
     finite = np.isfinite(points).all(axis=1)
     if not finite.all():
         yield f"{int((~finite).sum())} of {len(points)} points are NaN or infinite"
@@ -186,37 +234,23 @@ def _point_problems(frame: Frame, columns: tuple[str, ...]) -> Iterator[str]:
             )
 
 
-def _pose_problem(matrix: NDArray[np.float64]) -> str:
-    """Why a (4, 4) is no rigid motion; empty where it is one."""
-    if matrix.shape != (4, 4) or not np.isfinite(matrix).all():
-        return f"must be a finite 4 x 4 matrix, is {' x '.join(map(str, matrix.shape))}"
-    if not np.array_equal(matrix[3], (0, 0, 0, 1)):
-        return f"has the last row {matrix[3].tolist()}, not [0, 0, 0, 1]"
-    rotation = matrix[:3, :3]
-    skew = np.abs(rotation @ rotation.T - np.eye(3)).max()
-    if skew > SKEW:
-        return f"holds no rotation: R R^T is {skew:.2g} off the identity"
-    if np.linalg.det(rotation) < 0:
-        return "mirrors: the determinant of its rotation is -1"
-    return ""
-
-
 def _calibration_problems(camera: Camera) -> list[str]:
-    problems = []
-    if wrong := _pose_problem(camera.camera_from_lidar):
-        problems.append(f"camera_from_lidar {wrong}")
-    elif (distance := np.linalg.norm(camera.camera_from_lidar[:3, 3])) > FARTHEST_CAMERA:
-        problems.append(
-            f"is {distance:.0f} m from the lidar by camera_from_lidar; is a pose inverted, or of another time or unit?"
-        )
-    matrix = camera.image_from_camera
-    if matrix.shape != (3, 4) or not np.isfinite(matrix).all():
-        problems.append(f"image_from_camera must be a finite 3 x 4 matrix, is {' x '.join(map(str, matrix.shape))}")
-    elif not (matrix[0, 0] > 0 and matrix[1, 1] > 0):
-        problems.append(f"image_from_camera has focal lengths {matrix[0, 0]:.4g} and {matrix[1, 1]:.4g}")
-    elif not np.array_equal(matrix[2, :3], (0, 0, 1)):
-        problems.append(f"image_from_camera has the last row {matrix[2].tolist()}, which must begin with 0, 0, 1")
-    return problems
+    """What the matrices alone say."""
+    if wrong := calibration_problem(camera):
+        return [wrong]
+    matrix = camera.camera_from_lidar
+    distance = np.linalg.norm(matrix[:3, 3])
+    if distance > FARTHEST_CAMERA:
+        return [
+            f"is {distance:.0f} m from the lidar by camera_from_lidar; is it in another unit, inverted, or of another time?"
+        ]
+    # The image's downward axis in the lidar frame, whose z points up; a matrix that is a camera's only when inverted.
+    down, inverse_down = -matrix[1, 2], -matrix[2, 1]
+    if down < 0.5 and inverse_down > 0.85:
+        return [
+            "camera_from_lidar turns the picture on its side and its inverse does not; is it inverted or transposed?"
+        ]
+    return []
 
 
 def _share_seen(camera: Camera, points: NDArray[np.float32]) -> float:
@@ -230,9 +264,28 @@ def _share_seen(camera: Camera, points: NDArray[np.float32]) -> float:
     return float(visible.float().mean()) if len(visible) else 0.0
 
 
+def _share_of_a_like_camera(camera: Camera, points: NDArray[np.float32]) -> float:
+    """Share of the points that a level camera of the same field of view would see from the origin, looking where it sees
+    most."""
+    xyz = points[:, :3].astype(np.float64)
+    if not len(xyz):
+        return 0.0
+    (height, width), focal = camera.image.shape[:2], (camera.image_from_camera[0, 0], camera.image_from_camera[1, 1])
+    half_width, half_height = np.arctan(width / 2 / focal[0]), np.arctan(height / 2 / focal[1])
+    in_height = np.abs(np.arctan2(xyz[:, 2], np.hypot(xyz[:, 0], xyz[:, 1]))) < half_height
+    azimuth = np.sort(np.arctan2(xyz[in_height, 1], xyz[in_height, 0]))
+    around = np.concatenate([azimuth, azimuth + 2 * np.pi])
+    counts = np.searchsorted(around, azimuth + 2 * half_width) - np.arange(len(azimuth))
+    return counts.max(initial=0) / len(xyz)
+
+
 def _image_problems(camera: Camera, check: CameraCheck) -> Iterator[str]:
     if (camera.image == camera.image[:1, :1]).all():
         yield f"the image is all one colour, {tuple(camera.image[0, 0].tolist())}"
+    elif (white := (camera.image >= 254).all(axis=2).mean()) > WHITE:
+        yield f"{white:.0%} of the image is pure white; is it clipped?"
+    elif (black := (camera.image <= 1).all(axis=2).mean()) > BLACK:
+        yield f"{black:.0%} of the image is pure black; was it scaled down?"
     if check.offset is not None and abs(check.offset) > LATEST:
         yield f"was exposed {check.offset:+.2f} s from the scan's time stamp"
 
@@ -253,15 +306,25 @@ def _box_problems(boxes: Boxes, points: NDArray[np.float32]) -> Iterator[str]:
     if not len(xyz):
         return
     # A reader's filters take the points of far boxes away: only boxes that stand among the points count.
-    expected = sound & (boxes.center >= xyz.min(axis=0)).all(axis=1) & (boxes.center <= xyz.max(axis=0)).all(axis=1)
+    among = sound & (boxes.center >= xyz.min(axis=0)).all(axis=1) & (boxes.center <= xyz.max(axis=0)).all(axis=1)
     if boxes.num_points is not None:
-        expected &= np.asarray(boxes.num_points) >= FEW
+        expected = among & (np.asarray(boxes.num_points) >= FEW)
+    else:
+        expected = among & (np.linalg.norm(boxes.center[:, :2], axis=1) < NEAR_BOX)
+        if boxes.occlusion is not None:
+            expected &= np.asarray(boxes.occlusion) == 0
+        if boxes.truncation is not None:
+            expected &= np.asarray(boxes.truncation) < 0.5
     rows = np.flatnonzero(expected)
     inside = points_in_boxes(xyz, boxes.center[rows], boxes.size[rows], boxes.yaw[rows]).any(axis=1)
-    if not inside.all():
+    # Without counts some boxes may be hidden behind others; that most of them are is no accident.
+    if (not inside.all()) if boxes.num_points is not None else (len(rows) > 0 and inside.mean() < 0.5):
         first = rows[np.flatnonzero(~inside)[0]]
         place = ", ".join(f"{value:.1f}" for value in boxes.center[first])
-        yield f"{int((~inside).sum())} of {len(boxes)} boxes hold no point (first: {boxes.names[first]} at {place} m)"
+        yield (
+            f"{int((~inside).sum())} of {len(rows)} boxes that should hold points hold none (first: {boxes.names[first]} at "
+            f"{place} m)"
+        )
 
 
 def collect(checks: Sequence[FrameCheck]) -> Report:
@@ -278,7 +341,14 @@ def collect(checks: Sequence[FrameCheck]) -> Report:
             sequences.setdefault(check.sequence_id, []).append(check)
     for sequence, own in sequences.items():
         problems += _time_problems(sequence, own)
-    return Report(frames, problems)
+    scores: dict[str, list[EdgeScores]] = {}
+    for check in frames:
+        for camera in check.cameras:
+            if camera.edges is not None:
+                scores.setdefault(camera.name, []).append(camera.edges)
+    calibrations = judge_all(scores)
+    problems += [f"{check.camera}: {check.message}" for check in calibrations if check.is_problem]
+    return Report(frames, problems, calibrations)
 
 
 def _time_problems(sequence: str, frames: list[FrameCheck]) -> Iterator[str]:
@@ -320,6 +390,7 @@ def summary(report: Report) -> list[tuple[str, str]]:
         offsets = [camera.offset * 1e3 for camera in cameras if camera.offset is not None]
         facts += [f"at {_spread(offsets, '{:+.0f} ms')}"] if offsets else []
         rows.append((name, "; ".join(facts)))
+    rows += [(f"{check.camera}, calibration", check.message) for check in report.calibrations]
     return rows
 
 

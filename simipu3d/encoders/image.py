@@ -105,7 +105,7 @@ class ImageEncoder(nn.Module):
         self.level_indices = [deepest] if plain else list(range(deepest + 1))
         self._matched = matched
         self.trunk.eval()
-        self.pad_multiple = find_pad_multiple(self.trunk, levels[: deepest + 1])
+        self.pad_multiple = find_pad_multiple(self.trunk, levels[: deepest + 1], config.name)
         self.maps = [levels[index] for index in self.level_indices]
         self.neck = TopDownNeck(levels[matched:], config.neck_channels) if config.neck else None
         if self.neck is not None:

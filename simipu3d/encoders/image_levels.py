@@ -80,37 +80,73 @@ def measure_levels(trunk: nn.Module, name: str) -> list[Level]:
         images, maps, steps = _try_sizes(trunk)
     except _REFUSALS as error:
         raise UserError(
-            f"image_encoder.name: timm's {name} does not take images of any size ({error}); take another"
+            f"image_encoder.name: timm's {name} does not take images of any size ({_why_not(trunk)}); take another"
         ) from error
     trunk.train(was_training)
+    for features in maps:
+        rows, columns = (given / cells for given, cells in zip(images.shape[2:], features.shape[2:], strict=True))
+        if rows != columns or rows % 1:
+            raise UserError(
+                f"image_encoder.name: timm's {name} has a map of {features.shape[2]} x {features.shape[3]} cells for an "
+                f"image of {images.shape[2]} x {images.shape[3]} (it resizes images, or its windows have no padding), so "
+                "that no stride says where a cell lies; take another"
+            )
     strides = [images.shape[3] // features.shape[-1] for features in maps]
     offsets = _compose(strides, steps)
     return [Level(s, features.shape[1], o) for s, features, o in zip(strides, maps, offsets, strict=True)]
 
 
-def find_pad_multiple(trunk: nn.Module, levels: list[Level]) -> int:
+def _why_not(trunk: nn.Module) -> str:
+    """Why a timm model does not take a small image, in words."""
+    edge = getattr(trunk, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[-1]
+    for size, reason in ((edge, "it does not run without its classifier"), (edge + 64, f"only {edge} x {edge} pixels")):
+        try:
+            with torch.no_grad():
+                forward_levels(trunk, torch.zeros(1, 3, size, size), None)
+        except _REFUSALS:
+            return reason
+    return "its windows have no padding, so that small ones vanish and no map has size / stride cells"
+
+
+def find_pad_multiple(trunk: nn.Module, levels: list[Level], name: str) -> int:
     """What heights and widths have to be multiples of, so that a map has size / stride cells, rounded up, at its offset.
 
     1 where every level is made by windows with padding (ResNets). Patches need whole ones; convolutions whose windows lie
-    side by side (ConvNeXt) would drop the rest; TensorFlow's padding moves the offset with the size.
+    side by side (ConvNeXt) would drop the rest; TensorFlow's padding moves the offset with the size; branches that meet
+    again (HRNet) or windows of cells (MobileViT) need twice the stride. Found by trying odd sizes.
 
     Args:
         trunk: the backbone, in eval mode.
         levels: those that are used.
+        name: of the backbone, for errors.
+
+    Raises:
+        UserError: no such number is found.
     """
     if not is_timm(trunk):
         return trunk.pad_multiple
     coarsest = max(level.stride for level in levels)
-    if any(_pads_by_size(module) for module in trunk.modules()):
-        return coarsest
-    size = 2 * coarsest + 1
+    by_size = any(_pads_by_size(module) for module in trunk.modules())
+    if not by_size and _has_whole_maps(trunk, levels, (2 * coarsest + 1, 3 * coarsest - 1)):
+        return 1
+    for multiple in (coarsest, 2 * coarsest):
+        if _has_whole_maps(trunk, levels, (3 * multiple, 5 * multiple)):
+            return multiple
+    raise UserError(
+        f"image_encoder.name: the maps of timm's {name} do not have size / stride cells for images of any size, not even "
+        f"padded to {2 * coarsest}, so that no stride says where a cell lies; take another"
+    )
+
+
+def _has_whole_maps(trunk: nn.Module, levels: list[Level], size: tuple[int, int]) -> bool:
+    """Whether an image of that height and width gives maps of size / stride cells, rounded up."""
     try:
         with torch.no_grad():
-            maps = forward_levels(trunk, torch.zeros(1, 3, size, size), list(range(len(levels))))
+            maps = forward_levels(trunk, torch.zeros(1, 3, *size), list(range(len(levels))))
     except _REFUSALS:
-        return coarsest
-    whole = all(m.shape[-1] == -(-size // level.stride) for m, level in zip(maps, levels, strict=True))
-    return 1 if whole else coarsest
+        return False
+    wanted = [tuple(-(-edge // level.stride) for edge in size) for level in levels]
+    return all(tuple(m.shape[2:]) == cells for m, cells in zip(maps, wanted, strict=True))
 
 
 def _try_sizes(trunk: nn.Module) -> tuple[Tensor, list[Tensor], list[list[_Step]]]:

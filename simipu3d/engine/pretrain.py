@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from simipu3d.contracts.frame import FrameReader
 from simipu3d.contracts.method import DataInfo, Method
+from simipu3d.data.calibration_check import warn_if_calibration_seems_off
 from simipu3d.data.loading.loader import (
     build_reader,
     check_enough_frames,
@@ -230,11 +231,13 @@ def _train(settings: Settings, out: Path, resume: str | None, init: Path | None,
             if module.init_lines is not None:
                 write_whole(out / "init.txt", "\n".join(module.init_lines) + "\n")
             os.environ[OUT_VARIABLE] = str(out)
+            if run.checkpoint is None and settings.needs.point_views and settings.needs.image_views:
+                warn_if_calibration_seems_off(module.reader, settings.run.calibration_frames)
         if run.checkpoint is not None:
             log.info("resuming from step %d: %s", run.resumed_step, run.checkpoint)
         with disk_errors(out):
             build_trainer(settings, run, stop).fit(module, ckpt_path=run.checkpoint, weights_only=True)
-    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except (RuntimeError, OSError, EOFError, LookupError, TypeError, ValueError, AttributeError) as error:
         known = None if isinstance(error, UserError) else lost_worker(error) or not_restored(error, run.checkpoint)
         if known is None:
             raise

@@ -145,10 +145,22 @@ def _end(line: str, *, speaks: bool) -> None:
 
 
 def lost_worker(error: Exception) -> UserError | None:
-    """The line about a killed data worker, when that is what the error means."""
-    if not WORKER.search(str(error)):
+    """The line about a killed data worker, when that is what the error means: torch says so, or its batch cannot be
+    fetched any more."""
+    refused = isinstance(error, OSError | EOFError) and passed_through(error, "torch.multiprocessing.reductions")
+    if not (refused or WORKER.search(str(error))):
         return None
     return UserError(
         "a data worker was killed, by a signal or for want of memory (shared memory, /dev/shm, included); continue with "
         "--resume, perhaps with another data.num_workers"
     )
+
+
+def passed_through(error: BaseException, module: str) -> bool:
+    """Was a function of the module at work when the error was raised?"""
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_globals.get("__name__") == module:
+            return True
+        trace = trace.tb_next
+    return False

@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationEr
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from simipu3d.engine.processes import passed_through
 from simipu3d.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -111,12 +112,9 @@ def _plain(value: Any) -> bool:
 
 def not_restored(error: Exception, path: Path | None) -> UserError | None:
     """The line about a checkpoint that Lightning could not restore, when that is where the error comes from."""
-    frame = error.__traceback__
-    while frame is not None and path is not None:
-        if frame.tb_frame.f_globals["__name__"] == checkpoint_connector.__name__:
-            return _changed(path, f"cannot be restored ({type(error).__name__}: {error})")
-        frame = frame.tb_next
-    return None
+    if path is None or not passed_through(error, checkpoint_connector.__name__):
+        return None
+    return _changed(path, f"cannot be restored ({type(error).__name__}: {error})")
 
 
 def _changed(path: Path, what: str) -> UserError:

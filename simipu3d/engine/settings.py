@@ -77,6 +77,9 @@ class RunConfig(PartConfig):
     """Every so many epochs a checkpoint is kept under its own name; null: none."""
     pictures_every_steps: NonNegativeInt = 500
     """Steps from one set of pictures to the next; 0: none."""
+    calibration_frames: NonNegativeInt = 12
+    """Frames in which a fresh run compares depth edges of the points with edges of the pictures, to warn of a calibration
+    that seems off; 0: none. Default: a second or two on KITTI."""
 
 
 class ValidateConfig(PartConfig):

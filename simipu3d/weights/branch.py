@@ -22,16 +22,16 @@ class WeightsConfig(PartConfig):
     it."""
 
     input: Literal["imagenet_rgb", "caffe_bgr"] | None = None
-    """The pictures that the file was trained on, as in `image_encoder.input`. Default: what the file says, else what its
-    names suggest; the log says which."""
+    """The pictures that the file was trained on, as in `image_encoder.input`; a run or export of this project says so
+    itself. Default: what its names suggest; the log says which."""
     mean: tuple[float, float, float] | None = None
     """Where it differs from that convention's: mean of the three channels in its order and range (RGB in 0..1 for
     `imagenet_rgb`, BGR in 0..255 for `caffe_bgr`). Needs `input`."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
     """The same for the standard deviation."""
     norm_eps: PositiveFloat | None = None
-    """Epsilon of the file's BatchNorms; mmdetection and torchvision have 1e-5, the released SimIPU 1e-3. Default: what the
-    file says, else the architecture's own."""
+    """Epsilon of the file's BatchNorms; mmdetection and torchvision have 1e-5, the released SimIPU 1e-3. Default: the
+    architecture's own."""
     partial: bool = False
     """Accept a file that fills less than 95 % of the network, or has some tensors in another shape. Default: refuse it."""
 

@@ -1,7 +1,7 @@
 """What was a file trained with, and how does it compute the same here?
 
-What names do not carry, in this order: what the user states (`image_encoder.weights`), what the file says (our runs and
-exports do), what only the released SimIPU has, and else an assumption, which the log names.
+What names do not carry, in this order: what the file says (our runs and exports do), what the user states
+(`image_encoder.weights`), what only the released SimIPU has, and else an assumption, which the log names.
 """
 
 import logging
@@ -109,15 +109,22 @@ def _image_facts(
     elif order is not None:
         pictures, eps = order, image.stock_eps()
     assumed = []
-    if stated.input is not None:
+    said = (
+        block is not None or order is not None
+    )  # a run or an export of ours knows better than a statement about others
+    if stated.input is not None and not said:
         pictures = stated.pictures()
+    elif stated.input is not None and stated.pictures() != pictures:
+        log.warning(
+            "%s: says that its pictures were %s; image_encoder.weights.input is not read", source.path, pictures
+        )
     if pictures is None:
         ours = "img_backbone." in match.prefix
         pictures = image.pictures if ours else CONVENTIONS["imagenet_rgb"]
         trap = "; mmdetection's caffe models (FCOS3D, PGD) and the released SimIPU have BGR" * (not ours)
         trap = trap if match.prefix.endswith("backbone.") else ""
         assumed.append(f"what its pictures were (taken as {pictures}{', as image_encoder.input' * ours}{trap})")
-    if stated.norm_eps is not None:
+    if stated.norm_eps is not None and not said:
         if not norm_eps(branch.module):
             raise UserError(f"image_encoder.weights.norm_eps: {branch.network} has no BatchNorm; leave it out")
         eps = dict.fromkeys(own_eps, stated.norm_eps)

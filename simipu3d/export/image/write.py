@@ -19,6 +19,7 @@ from simipu3d.errors import UserError
 from simipu3d.export.checkpoint import load_run_checkpoint, rebuild_image_encoder, without_dilation
 from simipu3d.export.files import ExportReport, check_out, common_facts, write_checked
 from simipu3d.export.image import convert, verify
+from simipu3d.export.image.calibrate import bare_pictures, calibrate
 from simipu3d.export.image.swin import SWIN_TARGETS, check_swin, convert_swin, is_swin, prepare_swin
 from simipu3d.export.image.targets import (
     DEEPLAB_NAMES,
@@ -41,6 +42,7 @@ def export_image(
     prefix: str | None = None,
     input: str = "imagenet_rgb",
     convert_weights: bool = False,
+    calibrate_on: Path | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
     """Write the image backbone of a pre-training run for another project, proven to load there.
@@ -52,6 +54,7 @@ def export_image(
         prefix: what goes before the names (mmdet3d, openpcdet); None takes the target's default.
         input: normalisation that the file shall expect.
         convert_weights: for a Swin: Microsoft's names, which mmdetection and OpenPCDet convert themselves.
+        calibrate_on: a data configuration; the BatchNorms' statistics are measured again on its bare pictures.
         overwrite: replace what is at `out`.
 
     Raises:
@@ -80,6 +83,7 @@ def export_image(
     meta = describe_image_export(ckpt, run, encoder, input, [n for n in encoder.state_dict() if n.startswith("neck.")])
     meta["dropped"] += sorted({name.partition(".")[0] + ".*" for name in _outside_image(state)})
     job = Job(out, prefix, family.prepare(encoder, target, prefix), input, convert_weights)
+    meta["norm_statistics"] = _norm_statistics(job.encoder, calibrate_on)
     tensors = family.convert(job, target, meta)
     meta |= _describe_file(job, target, kind, tensors)
     usage = kind.usage(job)
@@ -94,6 +98,16 @@ def export_image(
         folder=not kind.suffixes,
     )
     return ExportReport(out, sidecar, meta, usage, _facts(meta))
+
+
+def _norm_statistics(encoder: ImageEncoder, calibrate_on: Path | None) -> str:
+    """Which statistics the file's BatchNorms hold, in words; measured again where that is asked for."""
+    if calibrate_on is not None:
+        count = calibrate(encoder, bare_pictures(calibrate_on))
+        return f"measured again on {count} whole pictures of {calibrate_on.name}, without padding"
+    if not convert.norm_eps(encoder.trunk):
+        return "none, the network has no BatchNorm"
+    return "of pre-training, its padding and augmentation included; --calibrate CFG measures them on bare pictures"
 
 
 def _describe_file(job: Job, target: str, kind: ImageTarget, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -141,6 +155,7 @@ def _facts(meta: dict[str, Any]) -> list[str]:
     facts = [
         "input: {order} in {range}, mean {mean}, std {std}".format(**meta["input"]),
         *common_facts(meta),
+        f"BatchNorm statistics: {meta['norm_statistics']}",
         f"untrained: {some_names(meta['untrained'])}{note}",
         f"largest relative difference of features {verification['largest_relative_difference']:.1e} at strides "
         f"{', '.join(map(str, verification['strides']))} (allowed {verification['tolerance']:g})",

@@ -16,10 +16,7 @@ class Table(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Attributes:
-    tables: what to print.
-    values: the same numbers and more, for JSON; None where a number does not exist.
-    """
+    """What to print, and the same numbers and more for JSON (None where a number does not exist)."""
 
     tables: list[Table]
     values: dict[str, Any]
