@@ -1,4 +1,4 @@
-"""Scoring and the parts of downstream training: rotated boxes, KITTI, nuScenes, Waymo, depth.
+"""Rotated boxes, and the scorers of KITTI, Waymo and nuScenes.
 
 Every row is one call on synthetic input (KITTI: the labels of `--samples`, repeated, where there are some), after a first
 call on a small one that compiles the kernels; a figure is the median of its rounds. `torch.get_num_threads()` threads work

@@ -165,7 +165,7 @@ def draw_move(
     turn = 0.0
     if config.rotation_deg:
         turns = rng.random() < config.rotation_probability
-        angle = rng.uniform(-config.rotation_deg, config.rotation_deg)
+        angle = float(rng.uniform(-config.rotation_deg, config.rotation_deg))
         turn = math.radians(angle) if turns else 0.0
     top = left = 0
     if config.crop is not None:

@@ -91,7 +91,7 @@ class DepthListReader(BaseReader):
         self.lines = _read_lines(config)
         self.frame_ids = tuple(line.image.rpartition(".")[0] for line in self.lines)
         self.sequence_ids = tuple(_sequence(line.image) for line in self.lines)
-        self._check_pairs()
+        self._check_files()
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -138,7 +138,7 @@ class DepthListReader(BaseReader):
             )
         return values.astype(np.float32) / np.float32(self.config.png_scale)
 
-    def _check_pairs(self) -> None:
+    def _check_files(self) -> None:
         absent = [line.image for line in self.lines if not self._is_there(line)]
         if absent and (len(absent) == len(self) or len(absent) > self.config.max_bad_frames(len(self))):
             raise UserError(

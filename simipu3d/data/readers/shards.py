@@ -80,7 +80,7 @@ class ShardsReader(BaseReader):
         return self.manifest.frames
 
     @property
-    def sequence_ids(self) -> tuple[str, ...]:  # type: ignore[override]  # read when asked for; nobody sets it
+    def sequence_ids(self) -> tuple[str, ...]:  # type: ignore[override]  # few runs ask for it
         """The drive of every frame; reads the index of every shard."""
         indexes = (self._load_index(shard) for shard in self.manifest.shards)
         return tuple(parse_entry(line).sequence_id for lines in indexes for line in lines)

@@ -13,9 +13,9 @@ from simipu3d.contracts.tokens import FeatureMap, Level
 from simipu3d.errors import UserError
 
 
-def enlarge(maps: Tensor, size: Sequence[int]) -> Tensor:
+def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """(I, C, *size), bilinear; the centres of the corner cells stay at the corners (align_corners), as in the published runs."""
-    return F.interpolate(maps, size=list(size), mode="bilinear", align_corners=True)
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=True)
 
 
 class UpBlock(nn.Module):
@@ -28,7 +28,7 @@ class UpBlock(nn.Module):
 
     def forward(self, coarse: Tensor, fine: Tensor) -> Tensor:
         """(I, out, Hf, Wf) at the size of the finer map."""
-        joined = torch.cat([enlarge(coarse, fine.shape[-2:]), fine], dim=1)
+        joined = torch.cat([enlarge(coarse, (fine.shape[-2], fine.shape[-1])), fine], dim=1)
         return self.second(self.first(joined).relu()).relu()
 
 

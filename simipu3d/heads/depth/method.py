@@ -4,7 +4,6 @@ Source: the depth runs of SimIPU's authors (arXiv:2112.04680, section 4; zhyever
 configs/simipu). What is scored, and how, is in `metrics.depth`.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,7 @@ class Depth(Method):
         logits = self.decoder(self.image_encoder(self.image_encoder.normalise(images, image_size))).float()
         return logits.sigmoid() * own.max_depth if own.scale_up else logits.relu() + own.min_depth
 
-    def _at_pixels(self, depth: Tensor, size: Sequence[int]) -> Tensor:
+    def _at_pixels(self, depth: Tensor, size: tuple[int, int]) -> Tensor:
         """(I, H, W) of images of that size, from a map that covers them up to the encoder's next multiple."""
         height, width = size
         multiple = self.image_encoder.pad_multiple
@@ -85,12 +84,14 @@ class Depth(Method):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """`depth_loss` (SigLoss over the `depth_rows` pixels whose truth is known) and their `depth_abs_rel`, to watch."""
-        own, view, truth = self.config.depth, batch.images[0], _true_depth(batch)
+        own, view, truth = self.config.depth, batch.images[0], _truth(batch)
         if len(view.images) == 0:
             zero = sum(p.sum() * 0 for p in self.parameters() if p.requires_grad)
             nothing = torch.zeros((), device=view.images.device)
             return {"loss": zero + nothing, "depth_loss": nothing, "depth_abs_rel": nothing, "depth_rows": nothing}
-        depth = self._at_pixels(self.depth_of(view.images, view.image_size), view.images.shape[-2:])
+        depth = self._at_pixels(
+            self.depth_of(view.images, view.image_size), (view.images.shape[-2], view.images.shape[-1])
+        )
         loss = sig_loss(
             depth,
             truth,
@@ -130,7 +131,7 @@ class Depth(Method):
         """Limited at the decoder's resolution, as published, then enlarged."""
         own = self.config.depth
         depth = self.depth_of(images, image_size).clamp(own.min_depth, own.max_depth)
-        return self._at_pixels(depth, images.shape[-2:])
+        return self._at_pixels(depth, (images.shape[-2], images.shape[-1]))
 
     def predict(self, batch: Batch) -> list[dict[str, Any]]:
         """A record a frame: `frame_id`, and for each of its `cameras` the image, predicted `depth` and `truth`, all (h, w) of
@@ -144,7 +145,7 @@ class Depth(Method):
         for index, depth in enumerate(depths):
             record = records[int(view.batch_index[index])]
             height, width = depth.shape
-            truth = _true_depth(batch)[index, :height, :width].cpu().numpy()
+            truth = _truth(batch)[index, :height, :width].cpu().numpy()
             record["cameras"].append(view.camera_names[index])
             record["images"].append(view.images[index, :, :height, :width].permute(1, 2, 0).cpu().numpy())
             record["depth"].append(depth.numpy())
@@ -207,8 +208,8 @@ class Depth(Method):
         return {"depth": self._picture(record["images"][0], record["depth"][0], record["truth"][0])}
 
 
-def _true_depth(batch: Batch) -> Tensor:
-    """(I, H, W) metres, which `NEEDS` asks for."""
+def _truth(batch: Batch) -> Tensor:
+    """(I, H, W) metres, 0 where unknown: what `NEEDS` asks for."""
     assert batch.truth is not None
     assert batch.truth.depth is not None
     return batch.truth.depth[0]
