@@ -199,7 +199,7 @@ def damage(name: str, root: Path, contents: dict[str, bytes], draw: random.Rando
     if name == "shards" and draw.random() < 0.8:
         change_shards(root, contents, draw)
         return list(contents)
-    files = [draw.choice(list(contents)) for _ in range(draw.choice((1, 1, 2)))]
+    files = draw.sample(list(contents), draw.choice((1, 1, 2)))
     for file in files:
         content, suffix = contents[file], file.rpartition(".")[2]
         if draw.random() < 0.02:
