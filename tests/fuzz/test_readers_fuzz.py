@@ -37,7 +37,7 @@ from simipu3d.data.shards.writer import prepare_shards
 from simipu3d.errors import UserError
 from simipu3d.registry import READERS
 
-COUNT = int(os.environ.get("FUZZ", "400"))
+COUNT = int(os.environ.get("FUZZ", "200"))
 SLOW = 4
 """By how much fewer inputs the readers get that open many or large files."""
 COLUMNS = ("x", "y", "z", "intensity")
@@ -199,7 +199,7 @@ def damage(name: str, root: Path, contents: dict[str, bytes], draw: random.Rando
     if name == "shards" and draw.random() < 0.8:
         change_shards(root, contents, draw)
         return list(contents)
-    files = draw.sample(list(contents), draw.choice((1, 1, 2)))
+    files = draw.sample(list(contents), min(len(contents), draw.choice((1, 1, 2))))
     for file in files:
         content, suffix = contents[file], file.rpartition(".")[2]
         if draw.random() < 0.02:
