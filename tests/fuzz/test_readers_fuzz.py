@@ -10,6 +10,7 @@ import json
 import os
 import random
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from zlib import crc32
 
@@ -124,12 +125,17 @@ def change_types(content: bytes, draw: random.Random) -> bytes:
             lambda: [b"\xff\xfe"] * len(table),
         )
     )()
-    try:
-        column = pa.array(values)
-    except (pa.ArrowException, OverflowError, UnicodeEncodeError):
-        column = pa.array([draw.choice((1.5, 3, True, "word"))] * len(table))
-    buffer = io.BytesIO()
-    pq.write_table(table.set_column(place, table.column_names[place], column), buffer)
+    columns = []
+    for chosen in (values, [draw.choice((1.5, 3, True, "word"))] * len(table)):
+        with suppress(
+            pa.ArrowException, OverflowError, UnicodeEncodeError
+        ):  # not every value has a type, or can be written
+            columns.append(pa.array(chosen))
+    for column in columns:
+        buffer = io.BytesIO()
+        with suppress(pa.ArrowException):
+            pq.write_table(table.set_column(place, table.column_names[place], column), buffer)
+            break
     return buffer.getvalue()
 
 
