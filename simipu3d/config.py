@@ -86,14 +86,50 @@ class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
+MAX_VALUES, MAX_DEPTH = 100_000, 60
+"""A configuration with more values, each alias counted where it stands, or deeper blocks is none: a few lines of aliases of
+aliases can stand for billions."""
+
+
 def _parse_yaml(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
+        value = yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
+        _check_plain(value)
+        return value
+    except RecursionError:
+        raise UserError(f"{source}: is nested deeper than {MAX_DEPTH} blocks") from None
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
+        # A tag like !!int or !!timestamp in front of what is none; or a value of `_check_plain`.
+        message = " ".join(str(error).split())
+        raise UserError(f"{source}: not valid YAML, or a value does not fit its tag: {message}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
         raise UserError(f"{source}{where}: not valid YAML: {' '.join(problem.split())}") from error
+
+
+def _check_plain(value: Any) -> None:
+    """Raise `ValueError` unless a value is made of mappings, lists, numbers and texts, a bounded number of them."""
+    level, number = [value], 0
+    for _ in range(MAX_DEPTH):
+        number += len(level)
+        if number > MAX_VALUES:
+            raise ValueError(f"it holds more than {MAX_VALUES} values, aliases counted where they stand")
+        for entry in level:
+            if not isinstance(entry, dict | list | str | int | float | None):
+                raise ValueError(f"{str(entry)[:60]!r} is a {type(entry).__name__}, no number, text, list or mapping")
+            if isinstance(entry, int) and abs(entry) >= 1 << 63:
+                raise ValueError(f"the integer {str(entry)[:30]} is too large")
+        blocks = [
+            entry.values() if isinstance(entry, dict) else entry for entry in level if isinstance(entry, dict | list)
+        ]
+        if not any(blocks):
+            return
+        if number + sum(map(len, blocks)) > MAX_VALUES:
+            raise ValueError(f"it holds more than {MAX_VALUES} values, aliases counted where they stand")
+        level = [entry for block in blocks for entry in block]
+    raise ValueError(f"it is nested deeper than {MAX_DEPTH} blocks, or an alias stands inside what it names")
 
 
 def find_config(path: str | Path) -> Path:
@@ -124,7 +160,7 @@ def load_yaml(path: str | Path, _open: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in _open:
         raise UserError(f"{path}: base files include each other in a circle")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     raw = _parse_yaml(text, str(path))
@@ -217,17 +253,23 @@ def _explain(error: ValidationError, prefix: str, model: type[BaseModel]) -> str
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, UserError):  # of a block inside this one, which names its key in full
         return str(cause)
+    unknown = first["type"] == "extra_forbidden"
     path = [
-        str(part) for part in first["loc"] if isinstance(part, int) or (part.isidentifier() and part not in _UNION_TAGS)
+        str(part)
+        for number, part in enumerate(first["loc"], start=1)
+        # What nobody knows is named as it was written, like batch-size.
+        if isinstance(part, int)
+        or (part.isidentifier() and part not in _UNION_TAGS)
+        or (unknown and number == len(first["loc"]))
     ]
     name = ".".join([prefix, *path] if prefix else path)
-    if first["type"] == "extra_forbidden":
+    if unknown:
         return f"{name}: no such key; {_suggest(path[-1], _keys_at(model, path[:-1]))}"
     if first["type"] == "missing":
         return f"{name}: this key is needed and not set"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     said = isinstance(first["input"], dict) or first["type"] == "value_error"
-    given = "" if said else f", got {first['input']!r}"
+    given = "" if said else f", got {repr(first['input'])[:200]}"
     return f"{name}: {message}{given}"
 
 
@@ -268,7 +310,7 @@ def parse_block(prefix: str, model: type[Model], block: Any) -> Model:
         return model.model_validate_json(json.dumps(block))
     except ValidationError as error:
         raise UserError(_explain(error, prefix, model)) from error
-    except TypeError as error:
+    except (TypeError, ValueError, RecursionError) as error:  # also circular references
         raise UserError(f"{prefix}: holds a value that is neither number, text, list nor mapping ({error})") from error
 
 

@@ -19,6 +19,7 @@ from simipu3d.command_line import add_config_arguments, print_table, run
 from simipu3d.contracts.method import Needs
 from simipu3d.data.calibration_picture import write_calibrations
 from simipu3d.data.check import as_on_disk, check_frames, collect, frame_count, spread_indices, summary
+from simipu3d.data.complete import write_complete
 from simipu3d.data.loading import loader
 from simipu3d.engine.settings import load_data_settings
 from simipu3d.errors import BadFrameError, UserError
@@ -29,6 +30,10 @@ def inspect(args: argparse.Namespace) -> None:
     """Write the pages and print the table, or check frames."""
     settings = load_data_settings(args.cfg, args.set)
     config = settings.data
+    if args.list_complete is not None:
+        number = write_complete(config, Path(args.list_complete))
+        print(f"{args.list_complete}: {number} names of which every file is there; read them with data.split_file")
+        return
     reader = loader.build_reader(config if args.check is None else as_on_disk(config))
     title = f"{config.name}, split {config.split}: {len(reader)} frames"
     out, facts = Path(args.out or Path("runs") / f"inspect-{Path(args.cfg).stem}"), []
@@ -78,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num", type=int, default=8, metavar="N", help="frames, spread over the split (default: 8)")
     what = "read N frames, spread over the split (all or 0: every frame), and report every problem"
     parser.add_argument("--check", type=frame_count, metavar="N", help=what)
+    what = "write the sequences or frames of which every file is there, for data.split_file, and read nothing"
+    parser.add_argument("--list-complete", metavar="FILE", help=what)
     parser.add_argument("--out", metavar="DIR", help="folder for the pages (default: runs/inspect-<configuration>)")
     return run(parser, inspect, argv)
 

@@ -192,5 +192,5 @@ def check_points(points: NDArray[np.float32], source: str) -> None:
     if bad.any():
         raise BadFrameError(
             f"{source}: {int(bad.sum())} of {len(points)} points are NaN or infinite (first: row {int(bad.argmax())}); "
-            "mend the file, or set data.on_bad_frame=skip"
+            "leave such rows out with data.no_return=drop, mend the file, or set data.on_bad_frame=skip"
         )

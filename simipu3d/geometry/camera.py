@@ -8,10 +8,13 @@ import math
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 MIN_DEPTH = 0.5
 """Nearer than this, metres, nothing counts as visible: it keeps the division away from zero and the car's own hood out."""
+MAX_DISTORTION = 1e6
+"""Coefficients beyond this are no lens; their powers would soon leave the numbers."""
 
 
 def distort(xy: Tensor, distortion: Tensor) -> Tensor:
@@ -45,9 +48,20 @@ def distort(xy: Tensor, distortion: Tensor) -> Tensor:
 def _fold_radius_squared(distortion: Tensor) -> Tensor:
     """The smallest r^2 at which d/dr [r (1 + k1 r^2 + k2 r^4 + k3 r^6)] is no longer positive; infinity where never."""
     k1, k2, _, _, k3 = (float(value) for value in distortion)
-    roots = np.roots([7 * k3, 5 * k2, 3 * k1, 1.0])
+    # In 1 / r^2 the leading coefficient is 1, so that nothing is divided by a tiny one.
+    roots = np.roots([1.0, 3 * k1, 5 * k2, 7 * k3])
     real = roots[np.abs(roots.imag) < 1e-9].real
-    return distortion.new_tensor(real[real > 0].min(initial=np.inf))
+    largest = real.max(initial=0.0)
+    return distortion.new_tensor(1 / largest if largest > 0 else np.inf)
+
+
+def check_distortion(distortion: NDArray[np.floating]) -> str:
+    """Why five numbers are no distortion, in words that follow their name; empty where they are one."""
+    if distortion.shape != (5,) or not np.isfinite(distortion).all():
+        return f"must be 5 finite numbers, is {distortion.tolist()}"
+    if np.abs(distortion).max() > MAX_DISTORTION:
+        return f"is absurd: {distortion.tolist()}; a real lens has numbers of a few units"
+    return ""
 
 
 def project_points(

@@ -277,9 +277,8 @@ class DriveWorld(BaseReader):
         if self.wants.points:
             points = arrays["points"]
             truth = {kind: arrays[kind] for kind in POINT_TRUTH if self._wanted(kind)}
-            if self.config.point_range is not None or self.config.frustum:
-                kept = self._select(points, cameras, f"drive_world: frame {self.frame_ids[index]}")
-                points, truth = points[kept], {kind: labels[kept] for kind, labels in truth.items()}
+            kept = self._cut(points, cameras, f"drive_world: frame {self.frame_ids[index]}")
+            points, truth = points[kept], {kind: labels[kept] for kind, labels in truth.items()}
         if "point_instance" in truth:
             truth["point_instance"] = truth["point_instance"].astype(np.int32)
         return Frame(
@@ -300,7 +299,9 @@ class DriveWorld(BaseReader):
             truth["pixel_instance"] = truth["pixel_instance"].astype(np.int32)
         return Camera(
             name=name,
-            image=arrays[f"{name}.image"] if self.wants.images else unread_image(self.config.image_size),
+            image=arrays[f"{name}.image"]
+            if self.wants.images
+            else unread_image(self.config.image_size, "data.image_size"),
             image_from_camera=self._image_from_camera.copy(),
             camera_from_lidar=arrays[f"{name}.camera_from_lidar"],
             timestamp=self._time(index),

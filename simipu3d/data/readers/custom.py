@@ -14,8 +14,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from simipu3d.contracts.frame import EVERYTHING, Boxes, Camera, Frame, TruthKind, Wants, check_points
-from simipu3d.data.readers.base import CAMERA_TRUTH, POINT_TRUTH, BaseReader, ReaderConfig, check_listed, read_list
+from simipu3d.contracts.frame import EVERYTHING, Boxes, Camera, Frame, TruthKind, Wants
+from simipu3d.data.readers.base import (
+    CAMERA_TRUTH,
+    POINT_TRUTH,
+    BaseReader,
+    ReaderConfig,
+    check_listed,
+    listed,
+    read_list,
+)
 from simipu3d.data.readers.custom_sequence import (
     MANUAL,
     BoxModel,
@@ -175,7 +183,7 @@ class CustomReader(BaseReader):
     def _camera(self, name: str, frame: FrameModel, image: ImageModel) -> Camera:
         model = next(camera for camera in self.sequences[name].cameras if camera.name == image.camera)
         path, encoded, truth = self.config.root / name / image.file, None, {}
-        pixels = unread_image(model.image_size)
+        pixels = unread_image(model.image_size, str(self.config.root / name / "sequence.json"))
         if self.wants.images:
             encoded = read_bytes(path)
             pixels = decode_image(encoded, str(path))
@@ -214,9 +222,11 @@ class CustomReader(BaseReader):
             values = raw[:, form.columns.index(column)]
             values = values * form.metres_per_unit if column in "xyz" else values
             columns.append(values / form.intensity_scale if column == "intensity" else values)
-        points = np.column_stack(columns).astype(np.float32)
-        check_points(points, str(path))
-        kept = self._select(points, cameras, str(path))
+        with np.errstate(
+            over="ignore", invalid="ignore"
+        ):  # numbers beyond float32 become infinite, and are found below
+            points = np.column_stack(columns).astype(np.float32)
+        kept = self._cut(points, cameras, str(path))
         truth: dict[str, NDArray] = {}
         for kind in (kind for kind in POINT_TRUTH if self._wanted(kind)):
             if (file := getattr(frame, kind)) is not None:
@@ -299,14 +309,15 @@ def _listed_sequences(config: CustomConfig) -> list[str]:
     """The names of the configured split's sequences."""
     if not config.root.is_dir():
         raise UserError(f"data.root: {config.root}: no such folder; it must hold a folder for every sequence")
-    present = sorted(path.parent.name for path in config.root.glob("*/sequence.json"))
+    folders = listed(config.root, "*")
+    present = [folder.name for folder in folders if (folder / "sequence.json").is_file()]
     if config.split == "all":
         if not present:
             raise UserError(f"data.root: {config.root}: no folder in it has a sequence.json; see docs/custom_data.md")
         return present
     path = config.split_file or config.root / f"{config.split}.txt"
     way_out = "write one sequence a line, or set data.split=all"
-    names = read_list(path, "sequence", "monday", way_out)
+    names = read_list(path, "sequence", "monday", way_out, with_blanks=True)
     check_listed(
         str(path),
         "sequences",

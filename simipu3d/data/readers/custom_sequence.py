@@ -5,8 +5,7 @@ frame is x right, y down, z forward (out of the lens); the world is any frame th
 pixels have integer centres: (0, 0) is the centre of the top-left pixel. Matrices are lists of rows.
 """
 
-import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -14,11 +13,12 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, PlainValidator, PositiveFloat, PositiveInt, model_validator
 
 from simipu3d.config import PartConfig, parse_block
+from simipu3d.data.readers.files import MAX_PIXELS, parse_json, plain_name, text_of
 from simipu3d.errors import UserError
+from simipu3d.geometry.camera import check_distortion
+from simipu3d.geometry.rigid import LAST_ROW, check_rigid
 
 MANUAL = "docs/custom_data.md shows the layout"
-SKEW = 1e-3
-"""How far R R^T of a rotation R may be from the identity: calibrations are printed with few digits."""
 
 
 def _numbers(value: Any, *shapes: tuple[int, ...]) -> NDArray[np.float64]:
@@ -41,14 +41,8 @@ def _numbers(value: Any, *shapes: tuple[int, ...]) -> NDArray[np.float64]:
 def _rigid(value: Any) -> NDArray[np.float64]:
     """A (4, 4) rotation and shift."""
     matrix = _numbers(value, (4, 4))
-    if not np.array_equal(matrix[3], (0, 0, 0, 1)):
-        raise ValueError(f"its last row must be [0, 0, 0, 1], is {matrix[3].tolist()}")
-    rotation = matrix[:3, :3]
-    skew = float(np.abs(rotation @ rotation.T - np.eye(3)).max())
-    if skew > SKEW:
-        raise ValueError(f"its upper left 3 x 3 must be a rotation; R R^T is {skew:.2g} off the identity")
-    if np.linalg.det(rotation) < 0:
-        raise ValueError("its upper left 3 x 3 mirrors (determinant -1); a rotation has determinant +1")
+    if wrong := check_rigid(matrix):
+        raise ValueError(wrong)
     return matrix
 
 
@@ -57,7 +51,7 @@ def _projection(value: Any) -> NDArray[np.float64]:
     matrix = _numbers(value, (3, 3), (3, 4))
     if not (matrix[0, 0] > 0 and matrix[1, 1] > 0):
         raise ValueError(f"focal lengths must be positive, are {matrix[0, 0]:g} and {matrix[1, 1]:g}")
-    if not np.array_equal(matrix[2, :3], (0, 0, 1)):
+    if np.abs(matrix[2, :3] - (0, 0, 1)).max() > LAST_ROW:
         # A transposed matrix would project into the image too, and depth would be no metres.
         raise ValueError(
             f"its last row must begin with 0, 0, 1, is {matrix[2].tolist()}; rows, not columns, are listed"
@@ -65,16 +59,30 @@ def _projection(value: Any) -> NDArray[np.float64]:
     return np.column_stack([matrix, np.zeros(3)]) if matrix.shape == (3, 3) else matrix
 
 
+def _distortion(value: Any) -> NDArray[np.float64]:
+    """(5,) of a lens."""
+    numbers = _numbers(value, (5,))
+    if wrong := check_distortion(numbers):
+        raise ValueError(wrong)
+    return numbers
+
+
 def _below_the_sequence(name: str) -> str:
-    path = Path(name)
-    if not name or "\0" in name or path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"a file's path is relative to the sequence's folder and stays inside it, got {name!r}")
-    return name
+    normal = str(PurePosixPath(name))  # ./scans//0.bin is scans/0.bin
+    if not name or not plain_name(normal):
+        raise ValueError(f"a file's path is relative to the sequence's folder and stays inside it, got {name[:80]!r}")
+    return normal
+
+
+def _decodable(size: tuple[int, int]) -> tuple[int, int]:
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(f"is {size[0]} x {size[1]}, and at most {MAX_PIXELS / 1e6:.0f} million pixels are read")
+    return size
 
 
 Rigid = Annotated[NDArray[np.float64], PlainValidator(_rigid)]
 Projection = Annotated[NDArray[np.float64], PlainValidator(_projection)]
-Distortion = Annotated[NDArray[np.float64], PlainValidator(lambda value: _numbers(value, (5,)))]
+Distortion = Annotated[NDArray[np.float64], PlainValidator(_distortion)]
 File = Annotated[str, AfterValidator(_below_the_sequence)]
 Vector = tuple[float, float, float]
 
@@ -103,7 +111,7 @@ class CameraModel(PartConfig):
 
     name: str = Field(min_length=1)
     """Which camera; frames and `data.cameras` name it so."""
-    image_size: tuple[PositiveInt, PositiveInt]
+    image_size: Annotated[tuple[PositiveInt, PositiveInt], AfterValidator(_decodable)]
     """Height and width of its images, pixels; other images are refused."""
     image_from_camera: Projection
     """3 x 3 intrinsic matrix, or 3 x 4 projection."""
@@ -266,15 +274,15 @@ def read_sequence(path: Path) -> SequenceModel:
         UserError: one line that names the file, the place in it and what must stand there.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = parse_json(text_of(path))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+    except ValueError as error:
         raise UserError(f"{path}: is not valid JSON: {error}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path}: must hold one JSON object, holds {type(raw).__name__}; {MANUAL}")
     if raw.get("version") != 1 or isinstance(raw["version"], bool):
-        raise UserError(f"{path}: version: must be 1, is {raw.get('version')!r}; {MANUAL}")
+        raise UserError(f"{path}: version: must be 1, is {repr(raw.get('version'))[:60]}; {MANUAL}")
     try:
         return parse_block("", SequenceModel, raw)
     except UserError as error:

@@ -1,15 +1,19 @@
 """How are the files of a data set read, so that a damaged one becomes one clear line?
 
-Every function raises `BadFrameError` that names the file, what was found in it and the way out.
+Every function that takes a file of a frame raises `BadFrameError` that names it, what was found in it and the way out.
 """
 
+import errno
 import io
+import json
+import os
+import stat
 import tokenize
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,9 +47,73 @@ ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 274, 258, 262
 """Tags of EXIF and TIFF."""
 
 
+MAX_DIGITS = 18
+"""An integer of a JSON text with more digits does not fit into int64, and is taken for the float it is nearest to."""
+
+
+def check_plain_file(path: Path) -> None:
+    """Raise `OSError` unless a path leads to a plain file: a pipe would be waited for, a device never ends."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        what = "it is a folder" if stat.S_ISDIR(mode) else "it is a pipe or a device, no plain file"
+        raise OSError(errno.EINVAL, what)
+
+
+def plain_name(name: str) -> bool:
+    """Does a file's name, as a table or a list has it, stay below the folder that it is relative to?
+
+    By the name alone: a link that a user put there may lead elsewhere.
+    """
+    try:
+        parts = name.encode().split(b"/")
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    short = len(name) < 1024 and all(len(part) <= 255 for part in parts)
+    return short and "\0" not in name and not {b"", b"..", b"."} & set(parts)
+
+
+def text_of(path: Path) -> str:
+    """The whole file as UTF-8 text, a byte order mark taken off: the one way in which texts are read.
+
+    Raises:
+        OSError: it cannot be read, or is no plain file.
+        ValueError: its name cannot be one of a file; UnicodeDecodeError: it is no UTF-8.
+    """
+    check_plain_file(path)
+    return path.read_text(encoding="utf-8-sig")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Integers beyond int64 become floats, so that whoever needs an integer sees that there is none.
+
+    Raises:
+        ValueError: it is no JSON, nested too deep, or holds half of a surrogate pair, which is no text.
+    """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8-sig")
+    try:
+        value = json.loads(text.removeprefix("\ufeff"), parse_int=bounded_int)
+        if has_surrogate_escapes(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    return value
+
+
+def bounded_int(digits: str) -> int | float:
+    """An integer of a JSON text, see `MAX_DIGITS`."""
+    return int(digits) if len(digits) <= MAX_DIGITS else float(digits)
+
+
+def has_surrogate_escapes(text: str) -> bool:
+    """May a JSON text hold halves of surrogate pairs? Whole pairs are possible too."""
+    return "\\ud" in text or "\\uD" in text
+
+
 def read_bytes(path: Path) -> bytes:
     """The whole file; a missing, unreadable or empty one is a bad frame."""
     try:
+        check_plain_file(path)
         content = path.read_bytes()
     except FileNotFoundError:
         raise BadFrameError(f"{path}: no such file; {WAY_OUT}") from None
@@ -57,9 +125,9 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """The whole file as UTF-8 text."""
+    """The whole file as UTF-8 text, a byte order mark taken off."""
     try:
-        return read_bytes(path).decode("utf-8")
+        return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise BadFrameError(f"{path}: is not a text file; {WAY_OUT}") from None
 
@@ -77,13 +145,26 @@ def read_float_rows(path: Path, num_columns: int) -> NDArray[np.float32]:
 
 
 def read_npy(path: Path) -> NDArray:
-    """The array of a .npy file; one that holds Python objects is refused, for reading it could run code."""
+    """The array of a .npy file."""
+    return decode_npy(read_bytes(path), str(path))
+
+
+def decode_npy(content: bytes, source: str) -> NDArray:
+    """The array of a .npy file's bytes; one that holds Python objects is refused, for reading it could run code."""
     try:
-        return np.load(io.BytesIO(read_bytes(path)), allow_pickle=False)
-    except (ValueError, EOFError, SyntaxError, TypeError, MemoryError, OverflowError, tokenize.TokenError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python warns of odd words in a header before numpy refuses them
+            array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    except (
+        *(ValueError, EOFError, SyntaxError, TypeError, MemoryError, OverflowError, RecursionError, KeyError),
+        *(AttributeError, IndexError, tokenize.TokenError),
+    ) as error:
         raise BadFrameError(
-            f"{path}: is no .npy file of plain numbers, or is cut short ({' '.join(str(error).split())}); {WAY_OUT}"
+            f"{source}: is no .npy file of plain numbers, or is cut short ({' '.join(str(error).split())}); {WAY_OUT}"
         ) from error
+    if array.dtype.kind not in "biuf":
+        raise BadFrameError(f"{source}: holds {array.dtype}, which are no plain numbers; {WAY_OUT}")
+    return array
 
 
 def image_names(folder: Path) -> dict[str, str]:
@@ -129,15 +210,27 @@ def decode_map(content: bytes, source: str) -> NDArray:
 def read_image_size(path: Path) -> tuple[int, int]:
     """Height and width of the upright picture, from an image file's header alone."""
     try:
+        check_plain_file(path)
         with path.open("rb") as file, _opened(file, str(path)) as image:
             turned = image.getexif().get(ORIENTATION) in SIDEWAYS
             return (image.width, image.height) if turned else (image.height, image.width)
     except FileNotFoundError:
         raise BadFrameError(f"{path}: no such file; {WAY_OUT}") from None
+    except OSError as error:
+        raise BadFrameError(f"{path}: cannot be read ({error.strerror}); {WAY_OUT}") from error
 
 
-def unread_image(size: tuple[int, int]) -> NDArray[np.uint8]:
-    """(H, W, 3), black, without memory of its own: stands for an image of which only the size is needed."""
+def unread_image(size: tuple[int, int], source: str) -> NDArray[np.uint8]:
+    """(H, W, 3), black, without memory of its own: stands for an image of which only the size is needed.
+
+    Raises:
+        BadFrameError: no image that is read has this size; `source` says where it stands.
+    """
+    if len(size) != 2 or not all(isinstance(edge, int) and edge > 0 for edge in size) or size[0] * size[1] > MAX_PIXELS:
+        raise BadFrameError(
+            f"{source}: an image of {' x '.join(map(str, size))[:80]} pixels is none; it needs height and width above 0, at "
+            f"most {MAX_PIXELS / 1e6:.0f} million pixels; {WAY_OUT}"
+        )
     return np.broadcast_to(np.uint8(0), (*size, 3))
 
 

@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from simipu3d.contracts.frame import EVERYTHING, Camera, Frame, Wants, check_points
-from simipu3d.data.readers.base import BaseReader, ReaderConfig, read_list
+from simipu3d.contracts.frame import EVERYTHING, Camera, Frame, Wants
+from simipu3d.data.readers.base import BaseReader, ReaderConfig, listed, read_list, some
 from simipu3d.data.readers.files import (
     WAY_OUT,
     decode_image,
@@ -29,12 +29,29 @@ from simipu3d.data.readers.files import (
 from simipu3d.data.readers.kitti_labels import read_labels
 from simipu3d.data.readers.select_points import PointRange
 from simipu3d.errors import BadFrameError, UserError
+from simipu3d.geometry.rigid import check_rigid
 from simipu3d.registry import READERS
 
 PROJECTIONS = {"image_2": "P2", "image_3": "P3"}
 """The line of a calib file that belongs to each colour camera."""
 FILE_COLUMNS = ("x", "y", "z", "intensity")
 """What a .bin file holds, float32 row after row."""
+OTHER_CALIBRATIONS = {
+    frozenset(
+        {"P0", "Tr"}
+    ): "KITTI odometry: write the numbers of its line Tr: behind Tr_velo_to_cam:, and the line R0_rect: 1 0 0 "
+    "0 1 0 0 0 1 (the rectification is in Tr already)",
+    frozenset({"R_rect", "Tr_velo_cam"}): "KITTI tracking: rename its lines R_rect to R0_rect: and Tr_velo_cam to "
+    "Tr_velo_to_cam:, and copy the file for every frame of its sequence",
+    frozenset(
+        {"P_rect_02"}
+    ): "KITTI raw data (calib_cam_to_cam.txt); docs/custom_data.md, 'From KITTI raw in ten lines', reads such drives",
+    frozenset(
+        {"R", "T"}
+    ): "KITTI raw data (calib_velo_to_cam.txt or calib_imu_to_velo.txt); docs/custom_data.md, 'From KITTI "
+    "raw in ten lines', reads such drives",
+}
+"""Lines that tell the calibration files of KITTI's other benchmarks, what these are, and the way out."""
 
 
 class KittiConfig(ReaderConfig):
@@ -71,26 +88,41 @@ class KittiCalibration:
         image_from_camera: (3, 4) by name of the camera.
 
     Raises:
-        BadFrameError: a line is missing or has not as many finite numbers as it must.
+        BadFrameError: a line is missing or has not as many finite numbers as it must, or its numbers are no calibration.
     """
 
     def __init__(self, path: Path, cameras: tuple[str, ...]):
-        lines = dict(line.split(":", 1) for line in read_text(path).splitlines() if ":" in line)
+        text = read_text(path)
+        lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+        if "R0_rect" not in lines or "Tr_velo_to_cam" not in lines:
+            _check_kind(path, text)
         rectify, camera_from_lidar = np.eye(4), np.eye(4)
         rectify[:3, :3] = _calib_matrix(path, lines, "R0_rect", (3, 3))
         camera_from_lidar[:3] = _calib_matrix(path, lines, "Tr_velo_to_cam", (3, 4))
         self.camera_from_lidar = rectify @ camera_from_lidar
+        if wrong := check_rigid(rectify) or check_rigid(self.camera_from_lidar):
+            raise BadFrameError(f"{path}: R0_rect Tr_velo_to_cam {wrong}; {WAY_OUT}")
         self.image_from_camera = {name: _calib_matrix(path, lines, PROJECTIONS[name], (3, 4)) for name in cameras}
+
+
+def _check_kind(path: Path, text: str) -> None:
+    """Raise `BadFrameError` when a file is the calibration of another benchmark of KITTI's."""
+    words = {line.split()[0].removesuffix(":") for line in text.splitlines() if line.split()}
+    for marks, way_out in OTHER_CALIBRATIONS.items():
+        if marks <= words:
+            raise BadFrameError(
+                f"{path}: has no line R0_rect: and Tr_velo_to_cam: as the object benchmark has; it is a calibration of {way_out}"
+            )
 
 
 def _calib_matrix(path: Path, lines: dict[str, str], name: str, shape: tuple[int, int]) -> NDArray[np.float64]:
     if name not in lines:
-        raise BadFrameError(f"{path}: has no line {name}:, but {', '.join(lines) or 'none at all'}; {WAY_OUT}")
+        raise BadFrameError(f"{path}: has no line {name}:, but {some(lines, 12) or 'none at all'}; {WAY_OUT}")
     try:
         values = np.array([float(word) for word in lines[name].split()])
     except ValueError:
         raise BadFrameError(
-            f"{path}: {name} holds a word that is no number: {lines[name].strip()!r}; {WAY_OUT}"
+            f"{path}: {name} holds a word that is no number: {lines[name].strip()[:200]!r}; {WAY_OUT}"
         ) from None
     if len(values) != shape[0] * shape[1] or not np.isfinite(values).all():
         raise BadFrameError(
@@ -154,7 +186,9 @@ class KittiReader(BaseReader):
         encoded = read_bytes(path) if self.wants.images else None
         return Camera(
             name=name,
-            image=unread_image(read_image_size(path)) if encoded is None else decode_image(encoded, str(path)),
+            image=unread_image(read_image_size(path), str(path))
+            if encoded is None
+            else decode_image(encoded, str(path)),
             image_from_camera=calibration.image_from_camera[name],
             camera_from_lidar=calibration.camera_from_lidar,
             encoded=encoded,
@@ -163,9 +197,7 @@ class KittiReader(BaseReader):
     def _points(self, frame_id: str, cameras: tuple[Camera, ...]) -> NDArray[np.float32]:
         path = self.config.root / self._name(frame_id, self.config.points_folder, "bin")
         points = read_float_rows(path, len(FILE_COLUMNS))
-        check_points(points, str(path))
-        points = points[:, : len(self.point_columns)]
-        return points[self._select(points, cameras, str(path))]
+        return points[self._cut(points, cameras, str(path)), : len(self.point_columns)]
 
     def _name(self, frame_id: str, folder: str, suffix: str) -> str:
         """A file's path below the root."""
@@ -196,7 +228,7 @@ def _stems(folder: Path, suffix: str) -> set[str]:
         raise UserError(
             f"{folder}: no such folder; data.root must hold training/ and testing/ of the KITTI object download"
         )
-    return set(image_names(folder)) if suffix == IMAGE else {path.stem for path in folder.glob(f"*.{suffix}")}
+    return set(image_names(folder)) if suffix == IMAGE else {path.stem for path in listed(folder, f"*.{suffix}")}
 
 
 def _every_frame(config: KittiConfig, part: str, folders: dict[str, str]) -> list[str]:
@@ -220,7 +252,7 @@ def _read_ids(path: Path, part: str) -> list[str]:
     frame_ids = [word if "/" in word else f"{part}/{word}" for word in words]
     for word, frame_id in zip(words, frame_ids, strict=True):
         folder, _, number = frame_id.partition("/")
-        if folder not in ("training", "testing") or not number.isdigit():
+        if folder not in ("training", "testing") or "/" in number or "." in number:
             raise UserError(f"{path}: {word!r} is no frame id; write one a line, like 000123 or testing/000123")
     if len(set(frame_ids)) < len(frame_ids):
         twice = next(frame_id for frame_id in frame_ids if frame_ids.count(frame_id) > 1)

@@ -19,6 +19,8 @@ from simipu3d.errors import BadFrameError
 
 NUM_COLUMNS = 15
 """Of a label's line; a result's line has its score behind them."""
+NUM_TRACKING = 2
+"""Columns that a line of KITTI tracking has before the type: frame and track."""
 LABELLED_CAMERA = "image_2"
 """KITTI's 2D boxes lie in the images of the left colour camera."""
 REGION = "DontCare"
@@ -112,10 +114,19 @@ def read_labels(path: Path, camera_from_lidar: NDArray[np.float64]) -> Boxes:
         words = line.split()
         if not words:
             continue
+        if len(words) >= NUM_COLUMNS + NUM_TRACKING and all(
+            word.lstrip("-").isdigit() for word in words[:NUM_TRACKING]
+        ):
+            raise BadFrameError(
+                f"{path}: line {number} begins with a frame and a track ({' '.join(words[:3])}), so it is a label of KITTI "
+                "tracking, a file a sequence; write a file a frame, named like its scan, without these two columns"
+            )
         try:
             values = [float(word) for word in words[1:]]
         except ValueError:
-            raise BadFrameError(f"{path}: line {number} holds a value that is no number: {line!r}; {WAY_OUT}") from None
+            raise BadFrameError(
+                f"{path}: line {number} holds a value that is no number: {line[:200]!r}; {WAY_OUT}"
+            ) from None
         if len(words) not in (NUM_COLUMNS, NUM_COLUMNS + 1) or not np.isfinite(values).all():
             raise BadFrameError(
                 f"{path}: line {number} has {len(words)} values, expected {NUM_COLUMNS} finite ones; {WAY_OUT}"

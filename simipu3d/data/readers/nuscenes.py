@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, NonNegativeFloat
 
-from simipu3d.contracts.frame import EVERYTHING, Camera, Frame, Wants, check_points
+from simipu3d.contracts.frame import EVERYTHING, Camera, Frame, Wants
 from simipu3d.data.readers.base import BaseReader, ReaderConfig, check_listed, read_list
 from simipu3d.data.readers.files import WAY_OUT, decode_image, read_bytes, read_float_rows, unread_image
 from simipu3d.data.readers.nuscenes_boxes import ANNOTATIONS, read_annotations
@@ -90,7 +90,10 @@ class NuScenesReader(BaseReader):
         self.frames = read_key_frames(self.tables, scene_names, cameras, with_sweeps=with_sweeps)
         self.frame_ids = self.frames.token
         self.sequence_ids = tuple(self.frames.scene_names[scene] for scene in self.frames.scene)
-        way_out = "unpack all parts of the download, or list the scenes you have in data.split_file"
+        way_out = (
+            "unpack all parts of the download, or list the scenes you have in data.split_file (tools/inspect_data.py "
+            "--list-complete FILE writes the list)"
+        )
         names = ([self.frames.file_name[r].decode() for r in records] for records in self._records())
         self._check_present(names, self.sequence_ids, f"{self.tables.name}/sample_data.json", way_out)
         self.annotations = None
@@ -138,7 +141,7 @@ class NuScenesReader(BaseReader):
     def _camera(self, name: str, record: int, world_from_lidar: NDArray[np.float64]) -> Camera:
         path, encoded = self._path(record), None
         size = tuple(self.frames.image_size[record].tolist())
-        image = unread_image(size)
+        image = unread_image(size, f"{self.tables.name}/sample_data.json: {path.name}")
         if self.wants.images:
             encoded = read_bytes(path)
             image = decode_image(encoded, str(path))
@@ -173,8 +176,7 @@ class NuScenesReader(BaseReader):
 
     def _scan(self, path: Path, lidar_from_native: NDArray[np.float64], age: float) -> NDArray[np.float32]:
         raw = read_float_rows(path, len(FILE_COLUMNS))
-        check_points(raw, str(path))
-        raw = raw[(np.abs(raw[:, :2]) >= self.config.min_distance).any(axis=1)]
+        raw = raw[self._measured(raw, str(path))]
         xyz = raw[:, :3].astype(np.float64) @ lidar_from_native[:3, :3].T + lidar_from_native[:3, 3]
         columns = {
             "intensity": raw[:, 3] / np.float32(INTENSITY_SCALE),
@@ -182,6 +184,9 @@ class NuScenesReader(BaseReader):
             "time": np.full(len(raw), age, dtype=np.float32),
         }
         return np.column_stack([xyz.astype(np.float32), *(columns[name] for name in self.config.features)])
+
+    def _too_near(self, xyz: NDArray[np.float32]) -> NDArray[np.bool_]:
+        return (np.abs(xyz[:, :2]) < self.config.min_distance).all(axis=1)
 
     def _records(self) -> Iterator[list[int]]:
         """The records whose files are read, frame after frame."""

@@ -10,6 +10,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from simipu3d.data.readers.files import bounded_int, check_plain_file, has_surrogate_escapes
 from simipu3d.errors import UserError
 
 CHUNK = 1 << 22
@@ -61,16 +62,26 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
         yield values
 
 
+def _check_text(path: Path, number: int, row: Any) -> None:
+    """Raise `UserError` when a row holds half of a surrogate pair, which is no text."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: row {number} holds half of a surrogate pair, which is no text; {WAY_OUT}") from None
+
+
 def _objects(path: Path) -> Iterator[Any]:
     """The elements of the JSON list that a file holds."""
-    decode = json.JSONDecoder().raw_decode
+    decode = json.JSONDecoder(parse_int=bounded_int).raw_decode
+    number = 0
     try:
-        with path.open(encoding="utf-8") as file:
+        check_plain_file(path)
+        with path.open(encoding="utf-8-sig") as file:
             text, place, is_last = file.read(CHUNK), 0, False
             start = text.find("[")
             if start < 0 or text[:start].strip():
                 raise UserError(f"{path}: is no nuScenes table, which is a JSON list of rows; {WAY_OUT}")
-            place = start + 1
+            place, has_escapes = start + 1, has_surrogate_escapes(text)
             while True:
                 place = SEPARATORS.match(text, place).end()
                 if text[place : place + 1] == "]":
@@ -85,8 +96,14 @@ def _objects(path: Path) -> Iterator[Any]:
                         ) from None
                     more = file.read(CHUNK)
                     text, place, is_last = text[place:] + more, 0, not more
+                    has_escapes = has_surrogate_escapes(text)  # once a chunk: it is looked through as a whole
                     continue
+                except RecursionError:
+                    raise UserError(f"{path}: row {number} is nested too deep; {WAY_OUT}") from None
+                if has_escapes:
+                    _check_text(path, number, row)
                 yield row
+                number += 1
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such table; data.root and data.version must name a folder of the nuScenes download, like "

@@ -17,12 +17,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from simipu3d.data.readers.files import plain_name
 from simipu3d.data.readers.nuscenes_rows import WAY_OUT, read_rows
 from simipu3d.errors import UserError
 
 LIDAR = "LIDAR_TOP"
 MAX_OFFSET = 500_000
 """A camera's key frame is at most this far from its sample's time, microseconds; key frames are as far apart."""
+FARTHEST = 1e9
+"""No place on Earth is so far from another, metres; differences of such numbers would be no metres any more."""
 
 SENSOR_COLUMNS = ("token", "sensor_token", "translation", "rotation", "camera_intrinsic")
 SAMPLE_COLUMNS = ("token", "timestamp", "next", "scene_token")
@@ -54,15 +57,16 @@ def check_pose(path: Path, token: str, translation: Any, quaternion: Any) -> Non
         values = np.array([*translation, *quaternion], dtype=np.float64)
     except (TypeError, ValueError):
         values = np.zeros(0)
-    if values.shape != (7,) or not np.isfinite(values).all() or abs(np.linalg.norm(values[3:]) - 1) > 1e-3:
+    finite = values.shape == (7,) and bool(np.isfinite(values).all()) and np.abs(values).max() < FARTHEST
+    if not finite or abs(np.linalg.norm(values[3:]) - 1) > 1e-3:
         raise UserError(
-            f"{path}: token {token}: translation {translation} and rotation {quaternion} are no three numbers and a "
-            f"unit quaternion; {WAY_OUT}"
+            f"{path}: token {token}: translation {str(translation)[:90]} and rotation {str(quaternion)[:120]} are no three "
+            f"numbers and a unit quaternion; {WAY_OUT}"
         )
 
 
 def _check_timestamp(path: Path, token: str, timestamp: Any) -> None:
-    if not isinstance(timestamp, int):
+    if type(timestamp) is not int:  # one beyond int64 was read as a float
         raise UserError(f"{path}: token {token}: timestamp {timestamp!r} is no integer of microseconds; {WAY_OUT}")
 
 
@@ -271,6 +275,10 @@ def _read_records(
             continue
         channel = sensors[sensor].channel
         _check_timestamp(path, token, timestamp)
+        if not plain_name(file_name):
+            raise UserError(
+                f"{path}: token {token}: filename {file_name[:80]!r} leads out of data.root, or cannot be a file's name; {WAY_OUT}"
+            )
         if is_key_frame or (with_sweeps and channel == LIDAR):
             frame, size = frame_of[sample], (height or 0, width or 0)
             records.append(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +32,9 @@ NUMBER_BYTES = {"INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8}
 
 READ_BYTES = 1 << 20
 """A column is read from the disk in pieces of this size."""
+
+Kind = Literal["number", "numbers", "integers", "bytes", "text"]
+"""What a column must hold: a number a row, a list of numbers or of whole numbers, bytes, or a text."""
 
 
 @dataclass
@@ -59,6 +62,7 @@ class ParquetRows:
         owner: name of a text column and the value that the rows must have in it; others are passed over.
         keys: integer columns to find rows by.
         streams: where row groups that were read in part wait for the next read; files may share it.
+        kind_of: what each column must hold; None: anything.
 
     Attributes:
         keys: (R,) int64 by name, of the rows that belong to the owner.
@@ -68,8 +72,15 @@ class ParquetRows:
         BadFrameError: the file is missing, damaged, or lacks a key column.
     """
 
-    def __init__(self, path: Path, owner: tuple[str, str], keys: Sequence[str], streams: "Recent | None" = None):
-        self.path, self.streams = path, Recent(1) if streams is None else streams
+    def __init__(
+        self,
+        path: Path,
+        owner: tuple[str, str],
+        keys: Sequence[str],
+        streams: "Recent | None" = None,
+        kind_of: Callable[[str], Kind] | None = None,
+    ):
+        self.path, self.kind_of, self.streams = path, kind_of, Recent(1) if streams is None else streams
         if not path.is_file():
             raise BadFrameError(f"{path}: no such file; {WAY_OUT}")
         with self._damage_told():
@@ -87,13 +98,19 @@ class ParquetRows:
         self.keys = {name: self._integers(name, table[name])[self.rows] for name in keys}
 
     def check_columns(self, columns: Sequence[str]) -> None:
-        """Raise `BadFrameError` when the file lacks one of the columns."""
-        present = set(self.file.schema_arrow.names)
+        """Raise `BadFrameError` when the file lacks one of the columns, or one is of another kind."""
+        with self._damage_told():
+            schema = self.file.schema_arrow
+        present = set(schema.names)
         absent = [name for name in columns if name not in present]
         if absent:
             raise BadFrameError(
                 f"{self.path}: has no column {', '.join(absent)}; is it a component of Waymo's format v2? {WAY_OUT}"
             )
+        for name in columns if self.kind_of is not None else ():
+            found, kind = schema.types[schema.get_field_index(name)], self.kind_of(name)
+            if schema.get_field_index(name) < 0 or not _is_of(kind, found):
+                raise BadFrameError(f"{self.path}: column {name} is of type {found}, expected {kind}; {WAY_OUT}")
 
     def read(self, rows: NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
         """Some rows of the file, in its own order.
@@ -160,10 +177,29 @@ class ParquetRows:
     def _damage_told(self) -> Iterator[None]:
         try:
             yield
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
             raise BadFrameError(
                 f"{self.path}: is cut short, damaged, or no parquet file ({' '.join(str(error).split())}); {WAY_OUT}"
             ) from error
+
+
+def _is_of(kind: Kind, found: pa.DataType) -> bool:
+    """Does a column's type hold what it must? A column in which every row is empty has no type."""
+    if kind in ("numbers", "integers"):
+        is_list = pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found)
+        if not is_list:
+            return pa.types.is_null(found)
+        found = found.value_type
+    if pa.types.is_dictionary(found):
+        found = found.value_type
+    whole = pa.types.is_null(found) or pa.types.is_integer(found)
+    return {
+        "number": whole or pa.types.is_floating(found),
+        "numbers": whole or pa.types.is_floating(found),
+        "integers": whole,
+        "bytes": pa.types.is_null(found) or pa.types.is_binary(found) or pa.types.is_large_binary(found),
+        "text": pa.types.is_null(found) or pa.types.is_string(found) or pa.types.is_large_string(found),
+    }[kind]
 
 
 def _belongs(path: str, column: str) -> bool:

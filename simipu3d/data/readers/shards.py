@@ -5,7 +5,6 @@ ground truth are left out), and every member is held against its check sum. An e
 order, `shuffle_shards` at a time, and their frames are mixed: neighbouring reads then stay near each other.
 """
 
-import json
 from collections import OrderedDict
 from dataclasses import replace
 from functools import partial
@@ -19,7 +18,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from simipu3d.contracts.frame import EVERYTHING, Frame, TruthKind, Wants
 from simipu3d.data.loading.order import epoch_order, order_rng
 from simipu3d.data.readers.base import POINT_TRUTH, TRUTH_KINDS, BaseReader, ScanConfig
-from simipu3d.data.readers.files import WAY_OUT
+from simipu3d.data.readers.files import WAY_OUT, parse_json
 from simipu3d.data.shards.format import FrameEntry, Member, ShardInfo, digest, parse_entry, read_manifest
 from simipu3d.data.shards.frames import camera_stem, decode_frame, wanted
 from simipu3d.data.shards.store import RETRIES, TIMEOUT, LocalStore, StoreError, open_store
@@ -108,13 +107,13 @@ class ShardsReader(BaseReader):
         chosen = [member for member in entry.members if wanted(member.suffix, self._stems, self.wants)]
         members = self._read(shard, chosen, source)
         frame = decode_frame(members, source, self.config.cameras, self.wants, with_sizes=self._needs_cameras)
-        return self._cut(frame, source)
+        return self._wanted_part(frame, source)
 
-    def _cut(self, frame: Frame, source: str) -> Frame:
-        """The frame without the points that `point_range` and `frustum` take away, and without images that are not wanted."""
+    def _wanted_part(self, frame: Frame, source: str) -> Frame:
+        """The frame without the points that the configuration takes away, and without images that are not wanted."""
         changes: dict[str, Any] = {} if self.wants.images else {"cameras": ()}
-        if self.wants.points and (self.config.point_range is not None or self.config.frustum):
-            kept = self._select(frame.points, frame.cameras, source)
+        if self.wants.points:
+            kept = self._cut(frame.points, frame.cameras, source)
             truth = {kind: getattr(frame, kind) for kind in POINT_TRUTH}
             changes |= {"points": frame.points[kept]}
             changes |= {kind: labels[kept] for kind, labels in truth.items() if labels is not None}
@@ -129,9 +128,9 @@ class ShardsReader(BaseReader):
             about = self._read(
                 self.manifest.shards[0], [m for m in entry.members if m.suffix == "json"], entry.frame_id
             )
-        except BadFrameError:  # which is reported when the frame is read
+            has_boxes = parse_json(about["json"]).get("boxes") is not None
+        except (BadFrameError, KeyError, ValueError, AttributeError):  # which is reported when the frame is read
             return list(TRUTH_KINDS)
-        has_boxes = json.loads(about["json"]).get("boxes") is not None
         stems = {member.suffix.removesuffix(".npy").rpartition(".")[2] for member in entry.members}
         return [kind for kind in TRUTH_KINDS if kind in stems or (kind == "boxes" and has_boxes)]
 
@@ -141,10 +140,13 @@ class ShardsReader(BaseReader):
             if len(self._indexes) > MAX_INDEXES:
                 self._indexes.popitem(last=False)
         self._indexes.move_to_end(number)
+        shard = self.manifest.shards[number]
         try:
-            return parse_entry(self._indexes[number][position])
+            entry = parse_entry(self._indexes[number][position])
+            if any(member.offset + member.size > shard.bytes for member in entry.members):
+                raise ValueError(f"a member lies beyond the {shard.bytes} bytes of {shard.name}")
+            return entry
         except ValueError as error:
-            shard = self.manifest.shards[number]
             raise BadFrameError(f"{self.store.path(shard.index)}: line {position + 2}: {error}; {WAY_OUT}") from error
 
     def frames_of(self, number: int) -> range:

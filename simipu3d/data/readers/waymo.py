@@ -17,9 +17,9 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 
-from simipu3d.contracts.frame import EVERYTHING, Boxes, Camera, Frame, Wants, check_points
+from simipu3d.contracts.frame import EVERYTHING, Boxes, Camera, Frame, Wants
 from simipu3d.data.readers.base import BaseReader, ReaderConfig, check_listed, read_list
 from simipu3d.data.readers.files import WAY_OUT, decode_image, unread_image
 from simipu3d.data.readers.waymo_boxes import image_boxes
@@ -85,12 +85,14 @@ class WaymoConfig(ReaderConfig):
     """Which cameras. Default: all five."""
     lasers: tuple[LaserName, ...] | None = None
     """Which lidars; null: all five. []: none, so that a download without range images can be looked at (its frames
-    have no points, and cannot be trained on)."""
+    have no points: methods that need some refuse them)."""
     returns: Literal[1, 2] = 2
     """1: a lidar's first return only; 2: its second too. Default: both (paper's converter)."""
     features: tuple[Literal["intensity", "elongation"], ...] = ("intensity",)
     """Columns of a point after x, y, z: tanh of the intensity, and the elongation as it was measured (how much longer
     than it was sent the pulse came back). Waymo has no time a point."""
+    min_distance: NonNegativeFloat = 0.0
+    """A point nearer to its own lidar than this is dropped, metres. Default: none."""
     no_label_zone: Literal["keep", "drop"] = "drop"
     """What becomes of points in zones that nobody labelled. Default: dropped, as by the paper's converter and those of
     detection toolboxes, so that a scan holds what detectors see; pre-training needs no label and may keep them."""
@@ -128,6 +130,11 @@ class WaymoReader(BaseReader):
         self.cameras = tuple(CAMERA_NAMES.values()) if config.cameras is None else config.cameras
         self.lasers = tuple(LASER_NAMES.values()) if config.lasers is None else config.lasers
         self.point_columns = ("x", "y", "z", *config.features)
+        if wants.points and not self.lasers and wants != EVERYTHING:
+            raise UserError(
+                "data.lasers: [] reads no lidar, so frames have no points, which the method needs; null reads all lidars. [] "
+                "serves for looking at images and boxes, and for methods of images alone"
+            )
         folder = _folder(config)
         source = FORMATS[config.version]
         self.gives = frozenset({"boxes"} if config.split != "test" and source.has_boxes(folder) else ())
@@ -155,8 +162,7 @@ class WaymoReader(BaseReader):
         cameras = tuple(_camera(camera, moment, self.request.pixels) for camera in moment.cameras)
         points = np.concatenate([self._no_points(), *(scan for scan, _ in self._scans(moment))])
         if self.request.lasers:
-            check_points(points, where)
-            points = points[self._select(points, cameras, where)]
+            points = points[self._cut(points, cameras, where)]
         return Frame(
             points=points,
             point_columns=self.point_columns,
@@ -200,11 +206,16 @@ class WaymoReader(BaseReader):
             for number in range(len(laser.returns))
         ]
 
+    def _too_near(self, xyz: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """None: each lidar's own ranges were cut, for its place is not the origin of the frame."""
+        return np.zeros(len(xyz), dtype=np.bool_)
+
     def _scan(
         self, moment: WaymoMoment, laser: WaymoLaser, number: int, vehicle_from_world: NDArray[np.float64]
     ) -> tuple[NDArray[np.float32], NDArray[np.int32] | None]:
         image, projection = laser.returns[number].image, laser.returns[number].projection
         ranges = image[..., 0]
+        ranges = np.where(ranges < self.config.min_distance, 0, ranges)
         if self.config.no_label_zone == "drop":
             ranges = np.where(image[..., 3] == INSIDE_NO_LABEL_ZONE, 0, ranges)
         posed = laser.pixel_pose is not None
@@ -254,7 +265,7 @@ def _boxes(moment: WaymoMoment) -> Boxes | None:
 def _camera(camera: WaymoCamera, moment: WaymoMoment, pixels: bool) -> Camera:
     """`pixels`: is the image decoded?"""
     where = f"{_place(moment, 'camera_image')}: camera {camera.name}"
-    image = decode_image(camera.jpeg, where) if pixels else unread_image(camera.size)
+    image = decode_image(camera.jpeg, where) if pixels else unread_image(camera.size, where)
     if image.shape[:2] != camera.size:
         raise BadFrameError(
             f"{where}: the image is {image.shape[0]} x {image.shape[1]}, and its calibration is for {camera.size[0]} x "

@@ -129,13 +129,6 @@ class WaymoRequest:
     pixels: bool = True
 
 
-def is_motion(matrix: NDArray[np.float64]) -> bool:
-    """Is a finite (4, 4) a rotation and a shift? Files round to float32, hence the slack of 1e-3."""
-    rotation = matrix[:3, :3]
-    square = np.abs(rotation @ rotation.T - np.eye(3)).max() < 1e-3
-    return bool(square and np.linalg.det(rotation) > 0 and matrix[3].tolist() == [0, 0, 0, 1])
-
-
 class WaymoSource(Protocol):
     """The frames of some segments in one of the formats; built as `cls(root, segments, request)`.
 

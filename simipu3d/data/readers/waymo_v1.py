@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from simipu3d.data.readers.base import listed
 from simipu3d.data.readers.tfrecord import WAY_OUT, read_record, scan_records
 from simipu3d.data.readers.waymo_moment import WaymoMoment, WaymoRequest
 from simipu3d.data.readers.waymo_v1_frame import V1Frame
@@ -97,7 +98,7 @@ def _segment_paths(root: Path) -> dict[str, Path]:
     """Segment -> its file."""
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; set data.root to the folder that holds it")
-    files = sorted(path for path in root.glob("*.tfrecord") if path.is_file())
+    files = [path for path in listed(root, "*.tfrecord") if path.is_file()]
     if not files:
         below = next(iter(sorted(root.glob("*/*.tfrecord"))), None)
         hint = f"set data.root={below.parent}" if below else "set data.root to the folder that holds them,"

@@ -21,10 +21,11 @@ from simipu3d.data.readers.waymo_moment import (
     WaymoMoment,
     WaymoRequest,
     WaymoReturn,
-    is_motion,
 )
 from simipu3d.data.readers.waymo_protos import DamagedMatrixError, decode_matrix, matrix_values, message_class
 from simipu3d.errors import BadFrameError
+from simipu3d.geometry.camera import check_distortion
+from simipu3d.geometry.rigid import check_rigid
 
 
 class V1Frame:
@@ -107,8 +108,8 @@ def _matrix(transform: Message, what: str, source: str) -> NDArray[np.float64]:
     if len(values) != 16 or not np.isfinite(values).all():
         found = f"{len(values)} values" if len(values) != 16 else "NaN or infinity"
         raise BadFrameError(f"{source}: {what} is to be 16 finite numbers and has {found}; {FRAME_WAY_OUT}")
-    if not is_motion(values.reshape(4, 4)):
-        raise BadFrameError(f"{source}: {what} is no rigid motion: {values.tolist()}; {FRAME_WAY_OUT}")
+    if wrong := check_rigid(values.reshape(4, 4)):
+        raise BadFrameError(f"{source}: {what} is no rigid motion: it {wrong}; {FRAME_WAY_OUT}")
     return values.reshape(4, 4)
 
 
@@ -150,6 +151,8 @@ def _intrinsic(calibration: Message, name: str, source: str) -> NDArray[np.float
             f"{source}: the calibration of camera {name} is to be 9 finite numbers and a size, and has {len(values)} "
             f"numbers and {calibration.height} x {calibration.width} pixels; {FRAME_WAY_OUT}"
         )
+    if wrong := check_distortion(values[4:]):
+        raise BadFrameError(f"{source}: the distortion of camera {name} {wrong}; {FRAME_WAY_OUT}")
     return values
 
 

@@ -17,7 +17,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from simipu3d.contracts.frame import Boxes
-from simipu3d.data.readers.parquet_rows import WAY_OUT, ParquetRows, Recent
+from simipu3d.data.readers.base import listed
+from simipu3d.data.readers.parquet_rows import WAY_OUT, Kind, ParquetRows, Recent
 from simipu3d.data.readers.waymo_boxes import vehicle_boxes
 from simipu3d.data.readers.waymo_moment import (
     CAMERA_NAMES,
@@ -27,9 +28,10 @@ from simipu3d.data.readers.waymo_moment import (
     WaymoMoment,
     WaymoRequest,
     WaymoReturn,
-    is_motion,
 )
 from simipu3d.errors import BadFrameError, UserError
+from simipu3d.geometry.camera import check_distortion
+from simipu3d.geometry.rigid import check_rigid
 
 SEGMENT, TIMESTAMP = "key.segment_context_name", "key.frame_timestamp_micros"
 CAMERA, LASER, OBJECT = "key.camera_name", "key.laser_name", "key.laser_object_id"
@@ -86,6 +88,17 @@ def tensor_columns(component_class: str, number: int) -> tuple[str, str]:
     """The columns that hold return `number` of a range image: values, row after row, and shape."""
     name = f"[{component_class}].range_image_return{number}"
     return f"{name}.values", f"{name}.shape"
+
+
+def column_kind(name: str) -> Kind:
+    """What a column holds."""
+    if name in (SEGMENT, OBJECT):
+        return "text"
+    if name == IMAGE:
+        return "bytes"
+    if name.endswith(".shape"):
+        return "integers"
+    return "numbers" if name.endswith((".transform", ".values")) else "number"
 
 
 def needed_columns(request: WaymoRequest) -> dict[str, tuple[str, ...]]:
@@ -148,7 +161,7 @@ class WaymoV2:
                 "vehicle_pose, ...): download vehicle_pose too, or set data.root, data.split and data.version to what "
                 "is there"
             )
-        names = tuple(sorted(path.stem for path in folder.glob("*.parquet")))
+        names = tuple(path.stem for path in listed(folder, "*.parquet"))
         if not names:
             raise UserError(f"{folder}: holds no .parquet file; download the component vehicle_pose")
         return names
@@ -237,7 +250,7 @@ class WaymoV2:
     def _boxes(self, segment: str, timestamp: int, world_from_vehicle: NDArray[np.float64]) -> Boxes:
         table, _ = self._rows("lidar_box", segment, (*BOX_COLUMNS, OBJECT), timestamp, at_least=0)
         values = np.stack([_numbers(table[name]) for name in BOX_COLUMNS], axis=1)
-        geometry, whole = values[:, :7], np.nan_to_num(values[:, 10:]).astype(np.int64)
+        geometry, whole = values[:, :7], np.nan_to_num(values[:, 10:]).clip(-1, 1 << 40).astype(np.int64)
         if not np.isfinite(geometry).all():
             raise self._bad("lidar_box", segment, f"timestamp {timestamp}: a box has no finite centre, size or heading")
         return vehicle_boxes(
@@ -277,8 +290,11 @@ class WaymoV2:
         if component == "camera_calibration":
             intrinsics = np.stack([_numbers(table[name]) for name in CAMERA_INTRINSICS], axis=1)
             sizes = np.stack([_numbers(table[name]) for name in (CAMERA_HEIGHT, CAMERA_WIDTH)], axis=1)
-            if not np.isfinite(intrinsics).all() or not (sizes > 0).all():
+            if not np.isfinite(intrinsics).all() or not ((sizes > 0) & np.isfinite(sizes)).all():
                 raise self._bad(component, segment, "an intrinsic or a size is missing")
+            for wrong in map(check_distortion, intrinsics[:, 4:]):
+                if wrong:
+                    raise self._bad(component, segment, f"a distortion {wrong}")
             for row, number in enumerate(keys[CAMERA].tolist()):
                 size = (int(sizes[row, 0]), int(sizes[row, 1]))
                 known[CAMERA_NAMES.get(number, str(number))] = (
@@ -302,7 +318,9 @@ class WaymoV2:
 
     def _table(self, component: str, segment: str) -> ParquetRows:
         path = self.root / component / f"{segment}.parquet"
-        return self._tables.get(path, lambda: ParquetRows(path, (SEGMENT, segment), KEYS[component], self._streams))
+        return self._tables.get(
+            path, lambda: ParquetRows(path, (SEGMENT, segment), KEYS[component], self._streams, column_kind)
+        )
 
     def _rows(
         self,
@@ -352,7 +370,13 @@ class WaymoV2:
         if not values.is_valid or not shape.is_valid:
             raise self._bad(component, segment, f"return {number} of a lidar is empty; set data.returns=1 if all are")
         flat, size = values.values.to_numpy(zero_copy_only=False), tuple(shape.as_py())
-        if len(size) != 3 or size[2] != channels or min(size) < 1 or size[0] * size[1] * size[2] != len(flat):
+        if (
+            len(size) != 3
+            or None in size
+            or size[2] != channels
+            or min(size) < 1
+            or size[0] * size[1] * size[2] != len(flat)
+        ):
             raise self._bad(
                 component,
                 segment,
@@ -365,8 +389,8 @@ class WaymoV2:
         if len(numbers) != 16 or None in numbers or not np.isfinite(numbers).all():
             raise self._bad(component, segment, f"a transform has {len(numbers)} numbers, expected 16 finite ones")
         matrix = np.array(numbers, dtype=np.float64).reshape(4, 4)
-        if not is_motion(matrix):
-            raise self._bad(component, segment, f"a transform is no rigid motion: {numbers}")
+        if wrong := check_rigid(matrix):
+            raise self._bad(component, segment, f"a transform is no rigid motion: it {wrong}")
         return matrix
 
     def _bad(self, component: str, segment: str, what: str) -> BadFrameError:
@@ -385,7 +409,7 @@ class WaymoV2:
         """Compare the segments with the folders once, so that a part of the download is told before training starts."""
         for component in self._needed():
             folder = self.root / component
-            present = {path.stem for path in folder.glob("*.parquet")} if folder.is_dir() else set()
+            present = {path.stem for path in listed(folder, "*.parquet")} if folder.is_dir() else set()
             absent = [segment for segment in segments if segment not in present]
             if absent and component in ("lidar", "lidar_calibration", "lidar_pose") and not present:
                 raise UserError(
@@ -400,7 +424,7 @@ class WaymoV2:
 
     def _read_timestamps(self, segment: str) -> NDArray[np.int64]:
         path = self.root / "vehicle_pose" / f"{segment}.parquet"
-        times = ParquetRows(path, (SEGMENT, segment), KEYS["vehicle_pose"]).keys[TIMESTAMP]
+        times = ParquetRows(path, (SEGMENT, segment), KEYS["vehicle_pose"], kind_of=column_kind).keys[TIMESTAMP]
         if len(times) == 0:
             raise UserError(f"{path}: has no row of segment {segment}; download the file again")
         late = np.flatnonzero(np.diff(times) <= 0)

@@ -20,6 +20,7 @@ from pydantic import Field, NonNegativeInt, ValidationError
 
 from simipu3d.config import PartConfig
 from simipu3d.contracts.frame import TruthKind
+from simipu3d.data.readers.files import parse_json
 from simipu3d.data.shards.store import Store, StoreError
 from simipu3d.errors import UserError
 
@@ -154,6 +155,16 @@ def read_manifest(store: Store) -> Manifest:
         raise UserError(f"{path}: damaged: {where}: {first['msg']}; run prepare_data again") from error
     if not is_sealed(content):
         raise UserError(f"{path}: damaged: differs from its own check sum; run prepare_data again")
+    for shard in manifest.shards:
+        # A frame has a line in the index and a header of 512 bytes in the tar.
+        if shard.frames > min(shard.index_bytes, shard.bytes // 512):
+            raise UserError(
+                f"{path}: damaged: {shard.name} of {shard.bytes} bytes cannot hold {shard.frames} frames; run prepare_data again"
+            )
+    if manifest.frames != sum(shard.frames for shard in manifest.shards):
+        raise UserError(
+            f"{path}: damaged: its shards do not hold {manifest.frames} frames together; run prepare_data again"
+        )
     return manifest
 
 
@@ -165,10 +176,10 @@ def dump_manifest(manifest: Manifest) -> bytes:
 def check_format(content: bytes, path: str, formats: Sequence[int] = READABLE) -> None:
     """Raise `UserError` when a JSON text is damaged, or says a `format` that is not among those."""
     try:
-        found = json.loads(content)["format"]
+        found = parse_json(content)["format"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: damaged, or not of a shard set; run prepare_data again") from None
-    if found not in formats:
+    if type(found) is not int or found not in formats:
         does = "reads" if len(formats) > 1 else "writes"
         raise UserError(
             f"{path}: is of format {found}, this simipu3d {does} format {' and '.join(map(str, formats))}; install the release "
@@ -199,10 +210,15 @@ def parse_entry(line: bytes) -> FrameEntry:
         ValueError: it is no such line.
     """
     try:
-        *values, members = json.loads(line)
-        return FrameEntry(*values, tuple(Member(*member) for member in members))
-    except (TypeError, UnicodeDecodeError) as error:
+        *values, members = parse_json(line)
+        entry = FrameEntry(*values, tuple(Member(*member) for member in members))
+    except TypeError as error:
         raise ValueError(f"no line of an index: {error}") from error
+    words = (entry.key, entry.frame_id, entry.sequence_id, *(member.suffix for member in entry.members))
+    numbers = (entry.offset, entry.size, *(number for member in entry.members for number in member[1:]))
+    if not all(type(word) is str for word in words) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError("no line of an index: it holds a value of another type, or a negative one")
+    return entry
 
 
 def digest(content: bytes) -> Digest:

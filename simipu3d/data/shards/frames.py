@@ -25,8 +25,10 @@ from pydantic import Field, PositiveInt
 from simipu3d.config import PartConfig
 from simipu3d.contracts.frame import Boxes, Camera, Frame, Wants
 from simipu3d.data.readers.base import CAMERA_TRUTH, POINT_TRUTH
-from simipu3d.data.readers.files import decode_image, unread_image
+from simipu3d.data.readers.files import decode_image, decode_npy, parse_json, unread_image
 from simipu3d.errors import BadFrameError
+from simipu3d.geometry.camera import check_distortion
+from simipu3d.geometry.rigid import check_rigid
 
 MAGIC = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpg"}
 """First bytes of the image files that are kept as they are."""
@@ -210,9 +212,11 @@ def decode_frame(
         BadFrameError: a camera is not there, an image cannot be decoded, or a member holds something else.
     """
     try:
-        about = json.loads(members["json"])
+        about = parse_json(members["json"])
         arrays = {
-            name.removesuffix(".npy"): _array(content) for name, content in members.items() if name[-4:] == ".npy"
+            name.removesuffix(".npy"): decode_npy(content, f"{source}: {name}")
+            for name, content in members.items()
+            if name[-4:] == ".npy"
         }
         own = {camera["name"]: camera for camera in about["cameras"]}
         chosen = (cameras or own) if wants.images or with_sizes else ()
@@ -220,30 +224,50 @@ def decode_frame(
         if absent:
             raise BadFrameError(f"{source}: has no camera {absent[0]}, it has {', '.join(own) or 'none'}")
         columns = tuple(about["point_columns"])
-        boxes = json.loads(members["boxes.json"]) if "boxes.json" in members else about.get("boxes")
-        return Frame(
+        boxes = parse_json(members["boxes.json"]) if "boxes.json" in members else about.get("boxes")
+        frame = Frame(
             points=_points(arrays) if wants.points else np.zeros((0, len(columns)), dtype=np.float32),
             point_columns=columns,
             cameras=tuple(_camera(own[name], members, arrays, source) for name in chosen),
             frame_id=about["frame_id"],
             sequence_id=about["sequence_id"],
             timestamp=about["timestamp"],
-            world_from_lidar=_matrix(about["world_from_lidar"], (4, 4)),
-            native_from_lidar=_matrix(about["native_from_lidar"], (4, 4)),
+            world_from_lidar=_rigid(about["world_from_lidar"], f"{source}: world_from_lidar"),
+            native_from_lidar=_rigid(about["native_from_lidar"], f"{source}: native_from_lidar"),
             intensity_scale=about["intensity_scale"],
             boxes=_boxes(boxes) if boxes is not None and "boxes" in wants.truth else None,
             **{kind: arrays[kind] for kind in POINT_TRUTH if kind in arrays},
         )
+        _check_frame(frame)
+        return frame
     except BadFrameError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, EOFError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise BadFrameError(
             f"{source}: a member does not hold what it must ({type(error).__name__}: {error})"
         ) from error
 
 
-def _array(content: bytes) -> NDArray:
-    return np.load(io.BytesIO(content), allow_pickle=False)
+def _check_frame(frame: Frame) -> None:
+    """Raise `ValueError` unless types and sizes of what came out of the files are those of a `Frame`."""
+    words = (frame.frame_id, frame.sequence_id, *frame.point_columns, *(camera.name for camera in frame.cameras))
+    if not all(isinstance(word, str) for word in words):
+        raise ValueError("an id or a name is no text")
+    numbers = (frame.timestamp, frame.intensity_scale, *(camera.timestamp for camera in frame.cameras))
+    if not all(number is None or type(number) in (int, float) for number in numbers) or not frame.intensity_scale:
+        raise ValueError("a time stamp or intensity_scale is no number")
+    points = frame.points
+    if points.dtype != np.float32 or points.ndim != 2 or points.shape[1] != len(frame.point_columns):
+        raise ValueError(f"points are {points.dtype} {points.shape}, and there are {len(frame.point_columns)} columns")
+    for camera in frame.cameras:
+        for kind in CAMERA_TRUTH:
+            values = getattr(camera, kind)
+            if values is not None and values.shape != camera.image.shape[:2]:
+                raise ValueError(f"{kind} of {camera.name} is {values.shape}, its image {camera.image.shape[:2]}")
+    for kind in POINT_TRUTH:
+        values = getattr(frame, kind)
+        if values is not None and (values.shape != (len(points),) or values.dtype.kind not in "iu"):
+            raise ValueError(f"{kind} is {values.dtype} {values.shape}, and there are {len(points)} points")
 
 
 def _points(arrays: dict[str, NDArray]) -> NDArray[np.float32]:
@@ -256,12 +280,15 @@ def _camera(about: dict[str, Any], members: dict[str, bytes], arrays: dict[str, 
     """A camera, black where the members lack its image because nobody asked for it."""
     stem, encoded = camera_stem(about["name"]), members.get(about["file"])
     size, place = tuple(about["image_size"]), f"{source}: {about['file']}"
+    distortion = _matrix(about["distortion"], (5,))
+    if distortion is not None and (wrong := check_distortion(distortion)):
+        raise BadFrameError(f"{place}: distortion {wrong}")
     return Camera(
         name=about["name"],
-        image=unread_image(size) if encoded is None else decode_image(encoded, place),
+        image=unread_image(size, place) if encoded is None else decode_image(encoded, place),
         image_from_camera=_matrix(about["image_from_camera"], (3, 4)),
-        camera_from_lidar=_matrix(about["camera_from_lidar"], (4, 4)),
-        distortion=_matrix(about["distortion"], (5,)),
+        camera_from_lidar=_rigid(about["camera_from_lidar"], f"{place}: camera_from_lidar"),
+        distortion=distortion,
         timestamp=about["timestamp"],
         encoded=encoded,
         **{kind: arrays[f"{stem}.{kind}"] for kind in CAMERA_TRUTH if f"{stem}.{kind}" in arrays},
@@ -270,6 +297,13 @@ def _camera(about: dict[str, Any], members: dict[str, bytes], arrays: dict[str, 
 
 def _matrix(values: list | None, shape: tuple[int, ...]) -> NDArray[np.float64] | None:
     return None if values is None else np.array(values, dtype=np.float64).reshape(shape)
+
+
+def _rigid(values: list | None, what: str) -> NDArray[np.float64] | None:
+    matrix = _matrix(values, (4, 4))
+    if matrix is not None and (wrong := check_rigid(matrix)):
+        raise BadFrameError(f"{what} {wrong}")
+    return matrix
 
 
 def _boxes(about: dict[str, Any]) -> Boxes:
@@ -285,4 +319,10 @@ def _boxes(about: dict[str, Any]) -> Boxes:
     for name, own in regions.items():
         if own is not None:
             fields[name] = {camera: _matrix(rows, (-1, 4)) for camera, rows in own.items()}
-    return Boxes(names=tuple(about["names"]), **fields)
+    boxes = Boxes(names=tuple(about["names"]), **fields)
+    rows = {name: values for name, values in fields.items() if name not in BOX_REGIONS}
+    rows |= {f"image_boxes of {camera}": values for camera, values in (boxes.image_boxes or {}).items()}
+    wrong = [name for name, values in rows.items() if len(values) != len(boxes)]
+    if wrong or not all(isinstance(word, str) for word in boxes.names):
+        raise ValueError(f"{len(boxes)} boxes have other numbers of {', '.join(wrong) or 'names'}")
+    return boxes

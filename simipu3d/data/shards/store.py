@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import re
+import stat
 import threading
 import time
 from collections import OrderedDict
@@ -115,23 +116,32 @@ class LocalStore:
 
     def read(self, name: str, intact: Intact | None = None) -> bytes:
         try:
-            return (self.folder / name).read_bytes()
+            with self._plain(name) as file:
+                return file.read()
         except OSError as error:
             raise StoreError(f"{self.path(name)}: {_reason(error)}") from error
 
     def read_range(self, name: str, offset: int, size: int, intact: Intact | None = None) -> bytes:
         try:
-            return os.pread(self._handle(name).fileno(), size, offset)
+            handle = self._handle(name).fileno()
+            size = min(size, os.fstat(handle).st_size - offset)  # whatever an index says, no more than there is
+            return os.pread(handle, size, offset) if size > 0 else b""
         except OSError as error:
             raise StoreError(f"{self.path(name)}: {_reason(error)}") from error
 
     def _handle(self, name: str) -> BinaryIO:
         if name not in self._open:
-            self._open[name] = open(self.folder / name, "rb", buffering=0)  # noqa: SIM115  (stays open, is closed below)
+            self._open[name] = self._plain(name)
             if len(self._open) > MAX_OPEN_FILES:
                 self._open.popitem(last=False)[1].close()
         self._open.move_to_end(name)
         return self._open[name]
+
+    def _plain(self, name: str) -> BinaryIO:
+        """An open file, which is no pipe: opening one would wait for whoever writes into it."""
+        if stat.S_ISFIFO(os.stat(self.folder / name).st_mode):
+            raise OSError(errno.EINVAL, "is a pipe, no plain file")
+        return open(self.folder / name, "rb", buffering=0)
 
     def write(self, name: str, content: bytes) -> None:
         part = self.folder / f".{name}.{os.getpid()}.part"
