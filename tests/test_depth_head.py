@@ -190,6 +190,16 @@ def test_the_score_is_the_mean_over_images_that_have_truth():
 # ------------------------------------------------------------------------------------------------------- predictions
 
 
+def test_a_prediction_is_what_training_sees_of_a_frame():
+    """Also of one that is padded: the loss of the written prediction is the loss."""
+    method, batch = head(depth={"flip_test": False}).eval(), depth_batch([1], size=(50, 70))
+    assert batch.images[0].images.shape[-2:] == (64, 96)
+    (depth,) = method.predict_depth(batch.images[0])
+    assert depth.shape == (50, 70)
+    expected = sig_loss(depth, batch.truth.depth[0][0, :50, :70])
+    assert float(method(batch)["loss"].detach()) == pytest.approx(float(expected), rel=1e-4)
+
+
 def test_the_flip_test_is_the_mean_of_both_mirrorings():
     both, one = head().eval(), head(depth={"flip_test": False}).eval()
     batch = depth_batch([4])
