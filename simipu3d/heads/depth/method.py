@@ -46,7 +46,8 @@ class Depth(Method):
         self.image_encoder = ImageEncoder(config.image_encoder)
         levels = self.image_encoder.maps
         own = config.depth
-        self.decoder = LinearDecoder(levels) if own.decoder == "linear" else DenseDecoder(levels, own.channels)
+        dense = own.decoder == "dense"
+        self.decoder = DenseDecoder(levels, own.channels, norm=own.norm == "batch") if dense else LinearDecoder(levels)
         self._warming_up = False
 
     def branches(self) -> dict[str, nn.Module]:
