@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.simipu3d-installed
+# Two processes of one thread each: most tests are too small to share between threads.
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile
 
 .PHONY: setup demo test test-full lint clean
 
@@ -21,10 +24,10 @@ lint: setup
 	$(PY) .ci/types
 
 test: lint
-	$(PY) -m pytest -q -m "not slow" --durations=10
+	$(PYTEST) -m "not slow" --durations=10
 
 test-full: lint
-	$(PY) -m pytest -q --durations=20
+	$(PYTEST) --durations=20
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -52,7 +52,7 @@ setup(
         "cu120": ['spconv-cu120>=2.3.6; python_version < "3.12"'],
         "cu126": ["spconv-cu126>=2.3.8"],
         "scatter": ["torch-scatter>=2.1.2"],
-        "dev": ["pytest>=8", "ruff>=0.9", "shapely>=2", "webdataset>=0.2.90"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9", "mypy>=2.4,<2.5", "shapely>=2", "webdataset>=0.2.90"],
     },
     entry_points={"console_scripts": ["simipu3d = simipu3d.tools.main:main"]},
 )

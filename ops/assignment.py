@@ -131,10 +131,10 @@ def _locations(xyz_a: Tensor, xyz_b: Tensor) -> tuple[NDArray[np.float64], NDArr
         if xyz.ndim != 2 or xyz.shape[1] != 3:
             raise ValueError(f"{name} must be (n, 3), got {tuple(xyz.shape)}")
     a, b = (np.ascontiguousarray(xyz.detach().cpu().double().numpy()) for xyz in (xyz_a, xyz_b))
-    for name, xyz in (("xyz_a", a), ("xyz_b", b)):
-        if not np.isfinite(xyz).all():
+    for name, rows in (("xyz_a", a), ("xyz_b", b)):
+        if not np.isfinite(rows).all():
             raise ValueError(
-                f"{name} holds NaN or infinity (first in row {int((~np.isfinite(xyz)).any(axis=1).argmax())})"
+                f"{name} holds NaN or infinity (first in row {int((~np.isfinite(rows)).any(axis=1).argmax())})"
             )
     return a, b
 

@@ -41,8 +41,8 @@ class Neighbours(NamedTuple):
         count: (M,) int64, how many slots hold different points; the others repeat the first.
     """
 
-    index: Tensor
-    count: Tensor
+    index: Tensor  # type: ignore[assignment]  # a tuple's own methods of these names are not used
+    count: Tensor  # type: ignore[assignment]
 
 
 def ball_query(

@@ -78,9 +78,9 @@ def rotated_nms(boxes: Tensor, scores: Tensor, max_iou: float, *, backend: str =
     rows = _checked(boxes, "boxes")
     order = torch.sort(scores.detach(), descending=True, stable=True).indices
     if use_numba(backend, boxes):
-        kept = np.ones(len(rows), dtype=np.bool_)
-        _suppress(np.ascontiguousarray(rows[order].numpy()), float(max_iou), kept)
-        return order[torch.from_numpy(kept)]
+        own = np.ones(len(rows), dtype=np.bool_)
+        _suppress(np.ascontiguousarray(rows[order].numpy()), float(max_iou), own)
+        return order[torch.from_numpy(own)]
     order = order.to(rows.device)
     is_over = _iou(rows[order], rows[order], False, "torch", with_height=False) > max_iou
     kept = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
@@ -109,7 +109,8 @@ def points_in_boxes(xyz: Array, center: Array, size: Array, yaw: Array, *, backe
     points = torch.as_tensor(xyz).detach().double()
     if points.ndim != 2 or points.shape[1] != 3:
         raise ValueError(f"xyz must be (P, 3), got {tuple(points.shape)}")
-    columns = [torch.as_tensor(part).detach().double().reshape(-1, n) for part, n in ((center, 3), (size, 3), (yaw, 1))]
+    widths = ((center, 3), (size, 3), (yaw, 1))
+    columns = [torch.as_tensor(own).detach().double().reshape(-1, width) for own, width in widths]
     boxes = _checked(torch.cat(columns, dim=1), "boxes")
     if use_numba(backend, points, boxes):
         inside = np.zeros((len(boxes), len(points)), dtype=np.bool_)
@@ -117,8 +118,8 @@ def points_in_boxes(xyz: Array, center: Array, size: Array, yaw: Array, *, backe
         found = torch.from_numpy(inside)
     else:
         step = max(1, _REFERENCE_PAIRS // max(1, len(points)))
-        parts = [_points_inside(points, boxes[row : row + step]) for row in range(0, len(boxes), step)]
-        found = torch.cat([points.new_zeros((0, len(points)), dtype=torch.bool), *parts])
+        found_in: list[Tensor] = [_points_inside(points, boxes[row : row + step]) for row in range(0, len(boxes), step)]
+        found = torch.cat([points.new_zeros((0, len(points)), dtype=torch.bool), *found_in])
     return found.numpy() if isinstance(xyz, np.ndarray) else found
 
 

@@ -29,10 +29,10 @@ def grid_size(voxel_size: Sequence[float], point_range: Sequence[float]) -> tupl
     if len(voxel_size) != 3 or len(point_range) != 6 or min(voxel_size) <= 0:
         raise ValueError(f"need 3 positive edges and 6 bounds, got {tuple(voxel_size)} and {tuple(point_range)}")
     low, high = point_range[:3], point_range[3:]
-    cells = tuple(round((b - a) / edge) for a, b, edge in zip(low, high, voxel_size, strict=True))
-    if min(cells) < 1:
+    x, y, z = (round((b - a) / edge) for a, b, edge in zip(low, high, voxel_size, strict=True))
+    if min(x, y, z) < 1:
         raise ValueError(f"a voxel of {tuple(voxel_size)} m leaves an axis of {tuple(point_range)} without a cell")
-    return cells
+    return x, y, z
 
 
 def voxelize(
@@ -74,11 +74,11 @@ def voxelize(
     keys, means, voxel_of_inside = run(key, points.detach()[inside].double())
     point_to_voxel = torch.full((len(points),), -1, dtype=torch.int64, device=points.device)
     point_to_voxel[inside] = voxel_of_inside
-    bzyx = []
+    zyx: list[Tensor] = []
     for cells in (cells_x, cells_y, cells_z):
-        bzyx.insert(0, keys % cells)
+        zyx.insert(0, keys % cells)
         keys = keys.div(cells, rounding_mode="floor")
-    return torch.stack([keys, *bzyx], dim=1), means.to(points.dtype), point_to_voxel
+    return torch.stack([keys, *zyx], dim=1), means.to(points.dtype), point_to_voxel
 
 
 def _average_torch(key: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:

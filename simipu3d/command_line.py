@@ -37,6 +37,15 @@ def add_plugins_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_partial_argument(parser: argparse.ArgumentParser) -> None:
+    """`--partial` of tools with `--init`."""
+    parser.add_argument(
+        "--partial",
+        action="store_true",
+        help="take --init also where it fills less than 95 %% of a network's trainable tensors",
+    )
+
+
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str) -> None:
     """A table on standard output; the first column, the rows' names, is the last to be folded."""
     table = Table(title=title)

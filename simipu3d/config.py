@@ -277,10 +277,12 @@ def parse_part(prefix: str, registry: Registry, block: Any) -> PartConfig:
     if not isinstance(block, dict) or not isinstance(block.get("name"), str):
         raise UserError(f"{prefix}.name: this key chooses the {registry.kind}; there are {', '.join(registry.names())}")
     try:
-        entry = registry[block["name"]]
+        model = registry[block["name"]].config
     except UserError as error:
         raise UserError(f"{prefix}.name: {error}") from error
-    return parse_block(prefix, entry.config, block)
+    if model is None or not issubclass(model, PartConfig):
+        raise UserError(f"{prefix}.name: the model of {block['name']} is not derived from PartConfig; mend the plugin")
+    return parse_block(prefix, model, block)
 
 
 class ChosenPart:

@@ -21,6 +21,12 @@ class Entry(NamedTuple):
     target: Any
     config: type[BaseModel] | None
 
+    @property
+    def model(self) -> type[BaseModel]:
+        """`config`, of a kind of part whose registration asks for one."""
+        assert self.config is not None
+        return self.config
+
 
 class Registry:
     """Names of one kind of part.
@@ -67,7 +73,12 @@ class Registry:
 
     def of(self, config: BaseModel) -> Entry:
         """The entry that a validated block's `name` chose."""
-        return self[str(getattr(config, "name", ""))]
+        return self[self.name_of(config)]
+
+    @staticmethod
+    def name_of(config: BaseModel) -> str:
+        """The `name` of a validated block; "" where its model has none."""
+        return str(getattr(config, "name", ""))
 
     def names(self) -> list[str]:
         """All registered names, sorted."""

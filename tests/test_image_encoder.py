@@ -304,7 +304,7 @@ def spoil(weights, how):
         ("shape", r"another shape.*layer2\.0\.conv1\.weight"),
         ("deeper", r"another network there: deeper, by layer3\.5"),
         ("twice", "2 times, under 'left.', 'right.'"),
-        ("nothing", "this network finds 0 of 60 trainable tensors"),
+        ("nothing", "this network finds 0 of 63 trainable tensors"),
         ("nan", "NaN"),
         ("no tensors", "no named tensors"),
     ],

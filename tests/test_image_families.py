@@ -179,8 +179,8 @@ def test_a_backbone_whose_cells_are_nowhere_in_particular_is_refused_for_the_rig
 def test_odd_numbers_of_cells_are_padded_where_the_backbone_needs_even_ones(name, map, multiple):
     """Otherwise it resizes inside, or its branches do not meet: cells would not lie where their number says."""
     torch.manual_seed(1)
-    block = parse_block("image_encoder", ImageEncoderConfig, {"name": name})
-    network = ImageEncoder(block, map=map).eval()
+    block = parse_block("image_encoder", ImageEncoderConfig, {"name": name, "map": map})
+    network = ImageEncoder(block).eval()
     assert network.pad_multiple == multiple
     with torch.no_grad():
         given = network(torch.zeros(1, 3, 70, 5 * network.maps[-1].stride - 3))[-1]

@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from simipu3d.compat import import_timm, import_torchvision
+from simipu3d.config import parse_block
 from simipu3d.contracts.batch import PointView
+from simipu3d.contracts.method import DataInfo
 from simipu3d.errors import UserError
 from simipu3d.export.image import verify
 from simipu3d.export.image.write import export_image
@@ -37,7 +39,7 @@ def method_of(point=None, image=None):
     """A method with fresh weights in eval mode."""
     torch.manual_seed(5)
     blocks = BLOCKS | {"point_encoder": point or BLOCKS["point_encoder"], "image_encoder": image or RESNET}
-    return SimIPU(SimIPU.parse_blocks(blocks), point_columns=COLUMNS).eval()
+    return SimIPU(parse_block("", SimIPU.Config, blocks), DataInfo(COLUMNS)).eval()
 
 
 def resnet(eps=1e-5):

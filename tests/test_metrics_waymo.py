@@ -163,6 +163,9 @@ def test_by_hand():
     assert vehicle(label(), label(score=0.3, kind=2)).ap == 0
     assert vehicle(label(), label(boxes=[10.0, 0, 1, 4, 2, 1.5 * 0.7, 0])).ap == pytest.approx(1), "0.7 is enough"
     assert vehicle(label(), label(boxes=[10.0, 0, 1, 4, 2, 1.5 * 0.69, 0])).ap == 0
+    border = label(boxes=[30.0, 0, 0, 4, 2, 1.5, 0])
+    counts = {cell.range: cell.num_objects for cell in waymo_ap(border, border) if (cell.kind, cell.level) == (1, 2)}
+    assert counts == {None: 1, RANGES[0]: 0, RANGES[1]: 1, RANGES[2]: 0}
 
 
 def test_the_largest_sum_is_matched():

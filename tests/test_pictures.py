@@ -62,7 +62,7 @@ def random_batch(seed):
         distortion=torch.zeros(1, 5, dtype=torch.float64),
         raw_size=torch.tensor([SIZE]),
     )
-    return Batch((views[0], views[1]), images, ("a frame",)), points
+    return Batch((views[0], views[1]), (images,), ("a frame",)), points
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -1,5 +1,6 @@
 """Parts from outside the package: found by name or entry point, held to the same contracts, never run by a file."""
 
+import csv
 import os
 import re
 import subprocess
@@ -130,6 +131,37 @@ def test_a_model_registered_with_timm_is_exported_to_timm(acme, tmp_path, capsys
     assert "local-dir:" in capsys.readouterr().out
     assert export([*arguments, "--out", str(tmp_path / "other"), "--plugins", "strange_missing"]) == 2
     assert "--plugins: strange_missing: no such module" in capsys.readouterr().err
+
+
+def test_a_foreign_method_trains_validates_resumes_and_is_shown(acme, tmp_path, caplog):
+    """acme_depth, of 40 lines: nothing but its own file knows it."""
+    raw = {key: BASE[key] for key in ("plugins", "data", "trainer")}
+    raw |= {"method": "acme_depth", "image_encoder": {"name": "acme_patches"}, "optim": {"model": {"lr": 0.01}}}
+    raw |= {"validate": {"data": {"split": "train", "num_frames": 3}, "metric": "depth_loss"}}
+    raw |= {"run": {"pictures_every_steps": 2, "checkpoint_every_steps": 3}}
+    cfg = write(tmp_path / "depth.yaml", raw)
+    with caplog.at_level("INFO", "simipu3d"):
+        whole = pretrain(cfg, ["trainer.max_steps=8"], out=tmp_path / "whole")
+    assert re.search(r"step 5/8  depth \d+\.\d{3}  \d+\.\d frames/s", caplog.text)
+    assert re.search(r"step 8/8  held out:  depth \d+\.\d{3}$", caplog.text, re.MULTILINE)
+    assert "3 of 3 held-out frames are in the training list" not in caplog.text, "the data set names no frames"
+    with open(whole / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows if row["val_depth_loss"]] == ["4", "8"]
+    assert {"depth_loss", "lr_model", "val_loss", "val_depth_rows"} <= set(rows[0])
+    assert float(rows[-1]["val_depth_loss"]) < float(rows[0]["depth_loss"])
+    assert {path.name for path in (whole / "pictures").iterdir()} == {
+        f"step_{step:06d}_depth.png" for step in (1, 2, 4, 6, 8)
+    }
+    parts = pretrain(cfg, ["trainer.max_steps=4"], out=tmp_path / "parts")
+    pretrain(cfg, ["trainer.max_steps=8", "data.num_workers=2"], out=parts, resume="")
+    one, other = (read_checkpoint(out / "checkpoints" / "last.ckpt") for out in (whole, parts))
+    assert (
+        one["simipu3d"]["best"] == other["simipu3d"]["best"] == {"value": float(rows[-1]["val_depth_loss"]), "step": 8}
+    )
+    assert all(torch.equal(other["state_dict"][name], value) for name, value in one["state_dict"].items())
+    moments = [content["optimizer_states"][0]["state"] for content in (one, other)]
+    assert all(torch.equal(moments[1][i]["exp_avg"], own["exp_avg"]) for i, own in moments[0].items())
 
 
 def test_inspect_data_reads_a_foreign_data_set(acme, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Two processes over gloo: negatives of all ranks, bad frames, and runs that go on with another number of processes."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -70,6 +71,59 @@ def run_tool(cfg, out, *sets, resume=False):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command += ["--resume"] if resume else []
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+HELD_OUT = """
+import json, sys, warnings
+from pathlib import Path
+import torch
+from simipu3d.engine.pretrain import build_module
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import DDPStrategy
+from simipu3d.engine.run import RunDirectory
+from simipu3d.engine.settings import load_settings
+
+torch.set_num_threads(1)
+cfg, processes, out = sys.argv[1:]
+settings = load_settings(cfg)
+module = build_module(settings, RunDirectory(Path(out), settings.to_plain(), None))
+trainer = pl.Trainer(
+    accelerator="cpu", devices=int(processes), strategy=DDPStrategy() if int(processes) > 1 else "auto", logger=False,
+    enable_checkpointing=False, enable_progress_bar=False, use_distributed_sampler=False,
+)
+trainer.validate(module, verbose=False)
+Path(out + f".{trainer.global_rank}.json").write_text(json.dumps(module.held_out))
+"""
+
+
+def test_two_processes_validate_like_one(tmp_path):
+    """Five frames in batches of two are three batches: one process has two, the other one and an empty one. Every process
+    ends with the same numbers, so that all agree on which checkpoint is the best."""
+    data = {"name": "drive_world", "root": str(tmp_path / "world"), "image_size": [32, 64], "beams": 16}
+    data |= {"num_frames": 4, "azimuth_step_deg": 2.0, "batch_size": 2, "num_workers": 0}
+    raw = {"method": "simipu", "data": data, "augment": {"points": {"num_points": 64}}, **BLOCKS}
+    raw |= {"contrast": {"dim": 8, "negatives": "all_ranks"}, "validate": {"data": {"num_frames": 5}}}
+    raw |= {"trainer": {"max_steps": 1, "accelerator": "cpu"}}
+    (tmp_path / "held_out.yaml").write_text(yaml.safe_dump(raw))
+    (tmp_path / "measure.py").write_text(HELD_OUT)
+    found = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        command = [
+            sys.executable,
+            str(tmp_path / "measure.py"),
+            str(tmp_path / "held_out.yaml"),
+            str(processes),
+            str(out),
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == 0, done.stderr
+        found += [json.loads((tmp_path / f"{processes}.{rank}.json").read_text()) for rank in range(processes)]
+    one, first, second = found
+    assert first == second
+    assert {"loss", "intra_loss", "inter_top1", "matched_distance_max", "num_tokens"} <= set(one)
+    assert first == pytest.approx(one, rel=1e-6, abs=1e-6)
 
 
 @pytest.fixture

@@ -200,7 +200,7 @@ def test_chosen_cameras_and_no_ground_truth_read_less(whole, world, monkeypatch)
     assert (bare.boxes, bare.point_class, bare.point_instance) == (None, None, None)
     assert all(camera.depth is None and camera.pixel_class is None for camera in bare.cameras)
     assert np.array_equal(bare.points, everything.points)
-    assert sum(size for _, _, size in read) < 0.6 * total
+    assert sum(place[2] for place in read) < 0.6 * total
     with pytest.raises(UserError, match="has no camera 'rear', it has front, front_left"):
         open_shards(whole, cameras=["rear"])
 

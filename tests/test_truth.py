@@ -18,9 +18,10 @@ from simipu3d.data.loading.truth import render_depth
 from simipu3d.data.readers.kitti import KittiConfig
 from simipu3d.data.readers.nuscenes import NuScenesConfig
 from simipu3d.errors import BadFrameError
-from simipu3d.geometry.boxes import box_corners, move_boxes, points_in_boxes
+from simipu3d.geometry.boxes import box_corners, move_boxes
 from simipu3d.geometry.camera import move_pixels, project_points
 from simipu3d.geometry.transforms import about, rotation_z, scaling, transform_points, translation
+from simipu3d.ops.rotated_iou import points_in_boxes
 
 CAMERA_FROM_LIDAR = np.array([[0, -1, 0, 0.1], [0, 0, -1, -0.1], [1, 0, 0, -0.3], [0, 0, 0, 1]], dtype=np.float64)
 STRONG = AugmentConfig(

@@ -117,7 +117,7 @@ def test_the_best_checkpoint_is_the_one_of_the_named_number(validated):
     assert f"inter {losses[2]:.3f} of" in said[0]
 
 
-@pytest.mark.parametrize(("stop", "sets"), [(4, []), (6, ["data.num_workers=2"])])
+@pytest.mark.parametrize(("stop", "sets"), [(4, ["data.num_workers=2"]), (6, [])])
 def test_a_run_that_goes_on_keeps_the_best(validated, tiny, tmp_path, stop, sets):
     """Stopped at the end of an epoch and inside one, both times at a step that is validated."""
     out, (whole, _) = tmp_path / "parts", validated

@@ -148,7 +148,9 @@ def test_stages_and_map_equal_a_dense_network(name):
 @pytest.mark.parametrize("train", [True, False])
 def test_backends_agree_on_the_whole_network(name, train):
     pytest.importorskip("spconv.pytorch", reason="spconv is not installed")
-    view = make_view(random_scene(1), random_scene(2))
+    # Not any two scenes: in some, as 1 and 2, a value before a ReLU lies within float32's rounding of 0, and its side depends on
+    # the number of threads. In float64 the gradients of those scenes agree with spconv's to 3e-6, as they do here in float32.
+    view = make_view(random_scene(7), random_scene(8))
     tokens, gradients = {}, {}
     for backend in ("torch", "spconv"):
         net = randomise_norms(build(name, sparse_backend=backend)).train(train)

@@ -34,7 +34,7 @@ def body(args: argparse.Namespace) -> None:
     suite = importlib.import_module(f"simipu3d.benchmark.{args.suite}")
     rows = suite.measure(args.samples, args.quick)
     cells = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
-    print_table(list(rows[0]), cells, suite.__doc__.partition("\n")[0])
+    print_table(list(rows[0]), cells, (suite.__doc__ or "").partition("\n")[0])
     if args.json is not None:
         text = json.dumps({"suite": args.suite, "environment": environment(), "rows": rows}, indent=1)
         write_whole(args.json, text + "\n")

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from simipu3d.command_line import add_config_arguments, run
+from simipu3d.command_line import add_config_arguments, add_partial_argument, run
 from simipu3d.engine.finetune import finetune
 
 EXAMPLES = """examples:
@@ -39,12 +39,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="CKPT",
         help="the weights to start from, as for pretrain, or the word scratch for random ones; needed without --resume",
     )
+    add_partial_argument(parser)
     return parser
 
 
 def body(args: argparse.Namespace) -> None:
     """Run, and say where the result is."""
-    out = finetune(args.cfg, args.set, out=args.out, resume=args.resume, init=args.init)
+    out = finetune(args.cfg, args.set, out=args.out, resume=args.resume, init=args.init, partial=args.partial)
     logging.getLogger("simipu3d").info("done: %s", out)
 
 

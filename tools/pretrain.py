@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from simipu3d.command_line import add_config_arguments, run
+from simipu3d.command_line import add_config_arguments, add_partial_argument, run
 from simipu3d.engine.pretrain import pretrain
 
 EXAMPLES = """examples:
@@ -41,12 +41,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="start a new run from weights: of another run, or torchvision's, timm's, MoCo's, mmdetection3d's, SimIPU's, "
         "OpenPCDet's, PointContrast's (.pth, .safetensors)",
     )
+    add_partial_argument(parser)
     return parser
 
 
 def body(args: argparse.Namespace) -> None:
     """Run, and say where the result is."""
-    out = pretrain(args.cfg, args.set, out=args.out, resume=args.resume, init=args.init)
+    out = pretrain(args.cfg, args.set, out=args.out, resume=args.resume, init=args.init, partial=args.partial)
     logging.getLogger("simipu3d").info("done: %s", out)
 
 

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from simipu3d.command_line import print_table, run
 from simipu3d.engine.run import write_whole
@@ -25,7 +26,12 @@ The definitions, their sources and the file formats: docs/metrics.md
 FRAMES = {"frames": ("frames", None)}
 DEPTH = {"depth_scale": ("scale", 256.0), "min_depth": ("min_depth", 1e-3), "max_depth": ("max_depth", 80.0)}
 CROP = {"crop": ("crop", "none"), "kb_crop": ("kb", False)}
-OPTIONS = {"kitti": FRAMES, "nuscenes": {"split": ("split", None)}, "waymo": {}, "depth": FRAMES | DEPTH | CROP}
+OPTIONS: dict[str, dict[str, tuple[str, Any]]] = {
+    "kitti": FRAMES,
+    "nuscenes": {"split": ("split", None)},
+    "waymo": {},
+    "depth": FRAMES | DEPTH | CROP,
+}
 
 
 def build_parser() -> argparse.ArgumentParser:

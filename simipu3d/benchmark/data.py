@@ -22,7 +22,7 @@ from simipu3d.benchmark.made_data import Case, write_made_data
 from simipu3d.config import parse_block, parse_part
 from simipu3d.contracts.frame import Frame
 from simipu3d.contracts.method import Needs
-from simipu3d.data.config import AugmentConfig
+from simipu3d.data.config import AugmentConfig, DataConfig
 from simipu3d.data.loading.augment import augment_frame
 from simipu3d.data.loading.loader import Augments, build_reader, wants_of
 from simipu3d.data.loading.order import sample_seeds
@@ -55,6 +55,7 @@ def serve(pipe: Connection, data: str, augment: str) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the most it held is counted from here on
     before = megabytes("VmRSS")
     config = parse_part("data", READERS, json.loads(data))
+    assert isinstance(config, DataConfig)
     reader = build_reader(config, wants_of(NEEDS))
     reader.prepare()
     augments = Augments(reader, config, parse_block("augment", AugmentConfig, json.loads(augment)))

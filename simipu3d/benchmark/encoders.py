@@ -120,7 +120,7 @@ def measure_encoder(block: dict[str, Any], points: NDArray[np.float32], repeats:
 
 def _build(block: dict[str, Any]) -> torch.nn.Module:
     entry = POINT_ENCODERS[block["name"]]
-    bounds = {"point_range": list(SCENE)} if "point_range" in entry.config.model_fields else {}
+    bounds = {"point_range": list(SCENE)} if "point_range" in entry.model.model_fields else {}
     config = parse_part("point_encoder", POINT_ENCODERS, {**block, **bounds})
     return entry.target(config, point_columns=("x", "y", "z", "intensity")).train()
 

@@ -10,6 +10,7 @@ from simipu3d.benchmark.synthetic_waymo.drive import WaymoDrive, WaymoTruth
 from simipu3d.benchmark.synthetic_waymo.files import write_waymo_v1, write_waymo_v2
 from simipu3d.benchmark.synthetic_waymo.rig import WaymoRigSettings
 from simipu3d.config import parse_part
+from simipu3d.data.config import DataConfig
 from simipu3d.data.readers.waymo_moment import WaymoMoment
 from simipu3d.data.shards.frames import PrepareConfig
 from simipu3d.data.shards.writer import prepare_shards
@@ -75,7 +76,9 @@ def _with_shards(name: str, data: dict[str, Any], folder: Path, augment: dict[st
     cases = [Case(name, data, augment=augment)]
     for images in ("keep", "jpeg"):
         out = folder / f"{name}_{images}"
-        prepare_shards(parse_part("data", READERS, data), PrepareConfig(images=images), str(out))
+        config = parse_part("data", READERS, data)
+        assert isinstance(config, DataConfig)
+        prepare_shards(config, PrepareConfig(images=images), str(out))
         shards = {"name": "shards", "root": str(out)}
         cases.append(Case(f"shards of {name}, images {images}", shards, against=name, augment=augment))
     return cases

@@ -6,7 +6,7 @@ of a view in the whole batch, I images in the whole batch.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,12 +18,16 @@ T = TypeVar("T")
 
 def map_tensors(record: T, change: Callable[[Tensor], Tensor]) -> T:
     """The same dataclass with every tensor in it (also inside tuples and dataclasses) changed."""
+    return _mapped(record, change)
+
+
+def _mapped(record: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(record, Tensor):
         return change(record)
     if isinstance(record, tuple) and not hasattr(record, "_fields"):
-        return tuple(map_tensors(item, change) for item in record)
+        return tuple(_mapped(item, change) for item in record)
     if is_dataclass(record) and not isinstance(record, type):
-        return replace(record, **{f.name: map_tensors(getattr(record, f.name), change) for f in fields(record)})
+        return replace(record, **{f.name: _mapped(getattr(record, f.name), change) for f in fields(record)})
     return record
 
 

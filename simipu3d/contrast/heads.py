@@ -14,6 +14,10 @@ class ProjectionHead(nn.Module):
     Source: SimIPU's released heads (`layer1..3`, each linear with bias and BatchNorm1d); SimCLR, arXiv:2002.05709.
     """
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         widths = [in_channels, in_channels, in_channels, out_channels]

@@ -74,7 +74,7 @@ def info_nce(
         logits = query @ keys.mT / temperature
     target = torch.arange(first, first + num_rows, device=query.device)
     excluded = torch.zeros_like(logits, dtype=torch.bool)
-    if scene is not None:
+    if scene is not None and key_scene is not None:
         excluded |= scene[:, None] != key_scene[None]
     rows_to_choose_from = (~excluded).sum(dim=1)
     for own, others in sides:

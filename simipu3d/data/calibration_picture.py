@@ -26,7 +26,7 @@ def draw_calibration(check: CalibrationCheck, frame: Frame) -> Picture | None:
         for axis, found in enumerate((check.sideways, check.upwards)):
             best = best if found is None else turned(best, axis, found.offset)
         cameras.append(("turned to where they fit best", best))
-    rows = []
+    rows: list[tuple[str, list[tuple[str, Picture]]]] = []
     for words, own in cameras:
         pixels, _, visible = project(own, edges.xyz)
         drawn = draw_depth_edges(own.image, pixels[visible], edges.upright[visible])

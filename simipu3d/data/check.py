@@ -7,6 +7,7 @@ pictures agree with the calibration (`data.calibration_check`).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -165,12 +166,11 @@ def check_frame(reader: FrameReader, index: int, with_edges: bool = True) -> Fra
         wrong = _calibration_problems(camera)
         seen = 0.0 if wrong else _share_seen(camera, frame.points)
         looks_away = not wrong and seen < LEAST_SEEN * _share_of_a_like_camera(camera, frame.points)
-        known = camera.timestamp is not None and frame.timestamp is not None
         check = CameraCheck(
             camera.name,
             camera.image.shape[:2],
             seen,
-            camera.timestamp - frame.timestamp if known else None,
+            None if camera.timestamp is None or frame.timestamp is None else camera.timestamp - frame.timestamp,
             edge_scores(camera, frame.points) if with_edges and usable and not wrong and seen else None,
         )
         cameras.append(check)
@@ -359,15 +359,12 @@ def _time_problems(sequence: str, frames: list[FrameCheck]) -> Iterator[str]:
     times = np.array([check.timestamp for check in frames])
     steps = np.diff(times) / np.diff([check.index for check in frames])
     usual = np.median(steps[steps > 0]) if (steps > 0).any() else 0.0
-    for before, after, step in zip(frames[:-1], frames[1:], steps, strict=True):
+    for before, after, (earlier, later), step in zip(frames[:-1], frames[1:], pairwise(times), steps, strict=True):
         where = f"sequence {sequence or '(unnamed)'}: frame {after.frame_id}"
         if step <= 0:
-            yield f"{where} at {after.timestamp:.3f} s follows {before.frame_id} at {before.timestamp:.3f} s"
+            yield f"{where} at {later:.3f} s follows {before.frame_id} at {earlier:.3f} s"
         elif step > GAP * usual:
-            yield (
-                f"{where} comes {after.timestamp - before.timestamp:.3f} s after {before.frame_id}; {usual:.3f} s are "
-                "usual"
-            )
+            yield f"{where} comes {later - earlier:.3f} s after {before.frame_id}; {usual:.3f} s are usual"
 
 
 def summary(report: Report) -> list[tuple[str, str]]:

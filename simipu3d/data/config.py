@@ -137,7 +137,7 @@ class PointAugmentConfig(PartConfig):
     def centred(self, point_range: tuple[float, float, float, float, float, float] | None) -> "PointAugmentConfig":
         """The same with both centres given: where one is null, the middle of a range of x, y, z minimum and x, y, z
         maximum, or the origin where there is no range."""
-        middle = (0.0, 0.0, 0.0)
+        middle: tuple[float, ...] = (0.0, 0.0, 0.0)
         if point_range is not None:
             middle = tuple((low + high) / 2 for low, high in zip(point_range[:3], point_range[3:], strict=True))
         given = {key: getattr(self, key) for key in ("rotation_centre", "scale_centre")}

@@ -9,6 +9,7 @@ size H, W.
 import itertools
 import logging
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +86,7 @@ class ImageEncoder(nn.Module):
 
     mean: Tensor
     std: Tensor
+    trunk: Any  # its attributes are the architecture's, which timm chooses by name
 
     def __init__(self, config: ImageEncoderConfig):
         super().__init__()
@@ -263,14 +265,15 @@ class ImageEncoder(nn.Module):
         """Names of the trunk's parameters that these levels depend on."""
         names, parameters = zip(*self.trunk.named_parameters(), strict=True)
         images = self._pad(torch.zeros(1, 3, 64, 64))
-        total = sum(level.sum() for level in forward_levels(self.trunk, images, indices, final_norm=final_norm))
+        levels = forward_levels(self.trunk, images, indices, final_norm=final_norm)
+        total = sum((level.sum() for level in levels), torch.zeros(()))
         gradients = torch.autograd.grad(total, parameters, allow_unused=True)
         return frozenset(name for name, gradient in zip(names, gradients, strict=True) if gradient is not None)
 
     def _add_normalisation(self) -> None:
         if self.config.input == "caffe_bgr":
-            mean, std = CAFFE_BGR_MEAN, (1.0, 1.0, 1.0)
+            mean, std = [*CAFFE_BGR_MEAN], [1.0, 1.0, 1.0]
         else:
-            mean, std = (tuple(255 * value for value in values) for values in (IMAGENET_MEAN, IMAGENET_STD))
+            mean, std = ([255 * value for value in values] for values in (IMAGENET_MEAN, IMAGENET_STD))
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)

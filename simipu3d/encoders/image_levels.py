@@ -10,7 +10,7 @@ its cells by reshaping (Swin) and is centred on the merged block.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +34,10 @@ class _Step(NamedTuple):
 
 def is_timm(trunk: nn.Module) -> bool:
     """Whether a backbone is a timm model, or one that a plugin registered in `IMAGE_BACKBONES`."""
-    return not hasattr(trunk, "levels")
+    return hasattr(trunk, "pretrained_cfg") or not hasattr(trunk, "levels")  # timm's NesT has `levels` of its own
 
 
-def forward_levels(
-    trunk: nn.Module, images: Tensor, indices: list[int] | None, *, final_norm: bool = True
-) -> list[Tensor]:
+def forward_levels(trunk: Any, images: Tensor, indices: list[int] | None, *, final_norm: bool = True) -> list[Tensor]:
     """(I, C, Hf, Wf) of the asked levels (None: all); what lies behind the last of them does not run.
 
     Args:
@@ -108,7 +106,7 @@ def _why_not(trunk: nn.Module) -> str:
     return "its windows have no padding, so that small ones vanish and no map has size / stride cells"
 
 
-def find_pad_multiple(trunk: nn.Module, levels: list[Level], name: str) -> int:
+def find_pad_multiple(trunk: Any, levels: list[Level], name: str) -> int:
     """What heights and widths have to be multiples of, so that a map has size / stride cells, rounded up, at its offset.
 
     1 where every level is made by windows with padding (ResNets). Patches need whole ones; convolutions whose windows lie
@@ -171,7 +169,7 @@ def _probe(cell: int) -> Tensor:
     return torch.linspace(-1, 1, 3 * size[0] * size[1]).view(1, 3, *size)
 
 
-def _stated_levels(trunk: nn.Module, name: str) -> list[Level]:
+def _stated_levels(trunk: Any, name: str) -> list[Level]:
     """What a registered backbone says about its maps, after a look at them."""
     who = f"image_encoder.name: the registered backbone {name}"
     levels, multiple = list(trunk.levels), getattr(trunk, "pad_multiple", None)
@@ -239,7 +237,7 @@ def _record_steps(trunk: nn.Module, images: Tensor, index: int) -> list[_Step]:
     return steps
 
 
-def _window_shift(module: nn.Module, width_in: int) -> float:
+def _window_shift(module: Any, width_in: int) -> float:
     """How far right of its cell's place the first window is centred, in input cells."""
 
     def last(value: int | tuple[int, ...]) -> int:

@@ -92,7 +92,7 @@ def build_trunk(config: ImageEncoderConfig) -> tuple[nn.Module, dict[str, JsonVa
                 f"image_encoder.name: {config.name} is a timm architecture and a registered backbone; rename the latter"
             )
         entry = IMAGE_BACKBONES[config.name]
-        return entry.target(parse_block("image_encoder.model_args", entry.config, config.model_args)), {}
+        return entry.target(parse_block("image_encoder.model_args", entry.model, config.model_args)), {}
     if not timm.is_model(config.name) or "." in config.name:
         name = config.name.partition(".")[0]
         near = difflib.get_close_matches(name, [*timm.list_models(), *IMAGE_BACKBONES.names()], n=3, cutoff=0.5)
@@ -156,7 +156,7 @@ def image_side(trunk: nn.Module, config: ImageEncoderConfig, untrained: tuple[st
         return CONVENTIONS[there.input], eps
 
     return ImageSide(
-        first=first if isinstance(conv, nn.Conv2d) else "",
+        first=first if isinstance(first, str) and isinstance(conv, nn.Conv2d) else "",
         pads=pads,
         pictures=CONVENTIONS[config.input],
         stated=config.weights,
@@ -176,7 +176,7 @@ def _any_size_args(trunk: nn.Module) -> dict[str, JsonValue]:
     return {}
 
 
-def checkpoint_gradients(trunk: nn.Module, images: torch.Tensor, name: str) -> None:
+def checkpoint_gradients(trunk: Any, images: torch.Tensor, name: str) -> None:
     """Turn gradient checkpointing on, and see that it saves something: some models take the call and ignore it.
 
     Args:
@@ -236,17 +236,17 @@ def first_pass(trunk: nn.Module) -> Iterator[None]:
             norm.recomputed = True
 
 
-def _norms(trunk: nn.Module) -> list[nn.Module]:
+def _norms(trunk: nn.Module) -> list[Any]:
     return [module for module in trunk.modules() if isinstance(module, BatchNorm)]
 
 
-def _hold_statistics(norm: nn.Module, _inputs: tuple[torch.Tensor, ...]) -> None:
+def _hold_statistics(norm: Any, _inputs: tuple[torch.Tensor, ...]) -> None:
     if norm.training and norm.recomputed:
         norm.held = (norm.momentum, norm.num_batches_tracked.clone())
         norm.momentum = 0.0
 
 
-def _release_statistics(norm: nn.Module, _inputs: tuple[torch.Tensor, ...], _output: torch.Tensor | None) -> None:
+def _release_statistics(norm: Any, _inputs: tuple[torch.Tensor, ...], _output: torch.Tensor | None) -> None:
     if norm.training and norm.recomputed:
         norm.momentum, count = norm.held
         norm.num_batches_tracked.copy_(count)

@@ -134,15 +134,16 @@ class PillarEncoder(StridedBackbone):
         self.vfe = PillarFeatures(config, len(point_columns))
         self.conv1 = SparseSequential(*self._blocks(1))
         for stage in (2, 3, 4):
-            widths = config.widths[stage - 2 : stage]
-            down = SparseConv2d(*widths, f"spconv{stage}", backend=config.sparse_backend)
+            width_in, width = config.widths[stage - 2 : stage]
+            down = SparseConv2d(width_in, width, f"spconv{stage}", backend=config.sparse_backend)
             setattr(self, f"conv{stage}", SparseSequential(with_norm(down), *self._blocks(stage)))
 
     def _blocks(self, stage: int) -> list[SparseModule]:
         width, backend, key = self.config.widths[stage - 1], self.config.sparse_backend, f"subm{stage}"
         if self.config.blocks == "residual":
-            options = {"bias": True, "backend": backend, "convolution": SubMConv2d}
-            return [SparseResidualBlock(width, key, **options) for _ in range(2)]
+            return [
+                SparseResidualBlock(width, key, bias=True, backend=backend, convolution=SubMConv2d) for _ in range(2)
+            ]
         return [with_norm(SubMConv2d(width, width, key, backend=backend)) for _ in range(2)]
 
     def input_layers(self) -> dict[str, InputLayer]:

@@ -177,12 +177,18 @@ class ConvNormReLU(nn.Module):
 
     def __init__(self, conv: nn.Conv1d | nn.Conv2d, bn: nn.BatchNorm1d | nn.BatchNorm2d):
         super().__init__()
+        assert conv.bias is not None
         self.conv, self.bn = conv, bn
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(conv.bias)
 
     def forward(self, rows: Tensor, copies: Tensor | None = None) -> Tensor:
         return norm_relu(F.linear(rows, self.conv.weight.flatten(1), self.conv.bias), self.bn, copies)
+
+
+def _stages(mlp: nn.Module) -> list[ConvNormReLU]:
+    """The layers of a shell's shared MLP."""
+    return [stage for stage in mlp.children() if isinstance(stage, ConvNormReLU)]
 
 
 class SetAbstraction(nn.Module):
@@ -220,7 +226,7 @@ class SetAbstraction(nn.Module):
         pooled = [self._shell(mlp, shell, xyz, features, centres) for mlp, shell in zip(self.mlps, shells, strict=True)]
         return rows, centre_offsets, torch.cat(pooled, dim=1)
 
-    def _shell(self, mlp: nn.Sequential, shell: Neighbours, xyz: Tensor, features: Tensor, centres: Tensor) -> Tensor:
+    def _shell(self, mlp: nn.Module, shell: Neighbours, xyz: Tensor, features: Tensor, centres: Tensor) -> Tensor:
         """Features (M, C') of one shell. Slots that repeat the first neighbour are computed once, and counted."""
         num_slots = shell.index.shape[1]
         different = torch.arange(num_slots, device=xyz.device) < shell.count[:, None]
@@ -229,7 +235,7 @@ class SetAbstraction(nn.Module):
         copies = torch.ones_like(shell.index)
         copies[:, 0] += num_slots - shell.count
         copies = copies[different]
-        first, *others = mlp
+        first, *others = _stages(mlp)
         weight = first.conv.weight.flatten(1)
         hidden = F.linear(features, weight[:, 3 * self.use_xyz :], first.conv.bias).index_select(0, neighbour)
         if self.use_xyz:
@@ -283,8 +289,9 @@ class PointNet2MSG(nn.Module):
         """Layers that read offsets or columns, by the name of their weight; weights from elsewhere are fitted there."""
         found = {}
         for level, layer in enumerate(self.SA_modules):
+            assert isinstance(layer, SetAbstraction)
             for shell, mlp in enumerate(layer.mlps):
-                features = mlp[0].conv.in_channels - 3 * layer.use_xyz
+                features = _stages(mlp)[0].conv.in_channels - 3 * layer.use_xyz
                 columns, others = ((), features) if level else (self._columns[3:], 0)
                 name = f"SA_modules.{level}.mlps.{shell}.layer0.conv.weight"
                 found[name] = InputLayer(1, columns, others, layer.use_xyz)

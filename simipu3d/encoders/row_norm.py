@@ -30,16 +30,26 @@ def norm_relu(rows: Tensor, bn: nn.BatchNorm1d | nn.BatchNorm2d, copies: Tensor 
         (R, C), each row once.
     """
     measure = bn.training and len(rows) > 1
+    running_mean, running_var, num_batches, momentum = (
+        bn.running_mean,
+        bn.running_var,
+        bn.num_batches_tracked,
+        bn.momentum,
+    )
+    assert running_mean is not None
+    assert running_var is not None
+    assert num_batches is not None
+    assert momentum is not None
     if measure:
-        bn.num_batches_tracked.add_(1)
+        num_batches.add_(1)
     if measure and copies is not None:
         result, mean, var = _CountedNormReLU.apply(rows, copies, bn.weight, bn.bias, bn.eps)
         with torch.no_grad():
             total = copies.sum()
-            bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
-            bn.running_var.lerp_((var * (total / (total - 1))).to(bn.running_var.dtype), bn.momentum)
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((var * (total / (total - 1))).to(running_var.dtype), momentum)
         return result
-    rows = F.batch_norm(rows, bn.running_mean, bn.running_var, bn.weight, bn.bias, measure, bn.momentum, bn.eps)
+    rows = F.batch_norm(rows, running_mean, running_var, bn.weight, bn.bias, measure, momentum, bn.eps)
     return F.relu(rows, inplace=True)
 
 

@@ -195,11 +195,13 @@ class SparseUNet(nn.Module):
         stem = (config.stem_kernel,) * 3
         stem_layer = SubMConv3d(config.in_channels, config.stem_channels, key, kernel_size=stem, backend=backend)
         self.stem = _with_norm(stem_layer, momentum)
-        pair = {"kernel_size": (2, 2, 2), "backend": backend}
+        pair = (2, 2, 2)
         skips = [config.stem_channels, *widths[:3]]
         for level in range(1, 5):
             width = skips[level - 1]
-            down = SparseConv3d(width, width, f"down{level}", stride=(2, 2, 2), padding=(0, 0, 0), **pair)
+            down = SparseConv3d(
+                width, width, f"down{level}", kernel_size=pair, stride=pair, padding=(0, 0, 0), backend=backend
+            )
             setattr(self, f"down{level}", _with_norm(down, momentum))
             setattr(self, f"enc{level}", self._stage(width, level - 1, level))
         self.out_channels = widths[3]
@@ -207,7 +209,7 @@ class SparseUNet(nn.Module):
             return
         for number in range(1, 5):
             level, width = 4 - number, widths[3 + number]
-            up = SparseInverseConv3d(widths[2 + number], width, f"down{level + 1}", **pair)
+            up = SparseInverseConv3d(widths[2 + number], width, f"down{level + 1}", kernel_size=pair, backend=backend)
             _reset_by_outputs(up)
             setattr(self, f"up{number}", _with_norm(up, momentum))
             setattr(self, f"dec{number}", self._stage(width + skips[level], 3 + number, level))

@@ -9,6 +9,7 @@ Shapes: N points, S sites of conv4, M tokens of B scenes, C channels of a map of
 """
 
 import logging
+from abc import abstractmethod
 from collections.abc import Sequence
 from math import isclose
 
@@ -48,7 +49,7 @@ def check_grid(point_range: PointRange, cell_size: Sequence[float], cell: str) -
         cell: what a cell is called, for the message.
     """
     low, high = point_range[:3], point_range[3:]
-    counts = []
+    counts: list[int] = []
     for axis, start, stop, size in zip("xyz", low, high, cell_size, strict=False):
         cells = (stop - start) / size
         if stop <= start or not isclose(cells, round(cells), abs_tol=1e-3):
@@ -102,6 +103,13 @@ def with_norm(convolution: SparseConvolution) -> SparseSequential:
     return SparseSequential(convolution, SiteBatchNorm(convolution.weight.shape[0]), nn.ReLU())
 
 
+def _first(layers: nn.Module) -> SparseConvolution:
+    """The convolution that `with_norm` put first."""
+    convolution = next(layers.children())
+    assert isinstance(convolution, SparseConvolution)
+    return convolution
+
+
 class StridedBackbone(nn.Module):
     """The way from a view to tokens, or to a map (`contracts.tokens.BevEncoder`).
 
@@ -138,6 +146,10 @@ class StridedBackbone(nn.Module):
         self.sparse_shape = sparse_shape
         self._num_tokens = num_tokens
         self.conv_out: SparseSequential | None = None
+
+    @abstractmethod
+    def voxelize(self, view: PointView) -> tuple[SparseTensor, Tensor]:
+        """The view's first sites with their features, and which points (N,) lie in `point_range`."""
 
     def forward(self, view: PointView) -> PointTokens:
         """Tokens of a view: conv4's features at the mean of the raw points that a site owns.
@@ -220,9 +232,9 @@ class StridedBackbone(nn.Module):
         """
         num_axes = len(self._cell_size)
         stride, centre = [1] * num_axes, [0.0] * num_axes
-        layers = [stage[0][0] for stage in (self.conv2, self.conv3, self.conv4)]
+        layers = [_first(stage[0]) for stage in (self.conv2, self.conv3, self.conv4)]
         if with_output and self.conv_out is not None:
-            layers.append(self.conv_out[0])
+            layers.append(_first(self.conv_out))
         for geometry in (layer.geometry for layer in layers):
             for axis in range(num_axes):
                 centre[axis] += stride[axis] * ((geometry.kernel_size[axis] - 1) / 2 - geometry.padding[axis])

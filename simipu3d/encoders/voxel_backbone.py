@@ -119,11 +119,20 @@ class _VoxelBackbone(StridedBackbone):
         self.conv1 = SparseSequential(*blocks(1, widths[0]))
         for stage in (2, 3, 4):
             padding = (0, 1, 1) if stage == 4 else (1, 1, 1)
-            down = SparseConv3d(*widths[stage - 2 : stage], f"spconv{stage}", padding=padding, backend=backend)
-            setattr(self, f"conv{stage}", SparseSequential(with_norm(down), *blocks(stage, widths[stage - 1])))
+            width_in, width = widths[stage - 2 : stage]
+            down = SparseConv3d(width_in, width, f"spconv{stage}", padding=padding, backend=backend)
+            setattr(self, f"conv{stage}", SparseSequential(with_norm(down), *blocks(stage, width)))
         if config.output_conv:
-            options = {"kernel_size": (3, 1, 1), "stride": (2, 1, 1), "padding": (config.last_pad,) * 3}
-            self.conv_out = with_norm(SparseConv3d(widths[3], OUTPUT_WIDTH, "spconv_down2", **options, backend=backend))
+            last = SparseConv3d(
+                widths[3],
+                OUTPUT_WIDTH,
+                "spconv_down2",
+                kernel_size=(3, 1, 1),
+                stride=(2, 1, 1),
+                padding=config.last_pad,
+                backend=backend,
+            )
+            self.conv_out = with_norm(last)
             self.bev_channels = OUTPUT_WIDTH * config.map_height
 
     def input_layers(self) -> dict[str, InputLayer]:
@@ -171,9 +180,9 @@ class VoxelResBackbone8x(_VoxelBackbone):
     bias 16 tensors fewer; 128 channels."""
 
     def __init__(self, config: VoxelResBackboneConfig, point_columns: Sequence[str] = ("x", "y", "z", "intensity")):
-        options = {"bias": config.use_bias, "backend": config.sparse_backend}
+        bias, backend = config.use_bias, config.sparse_backend
 
         def blocks(stage: int, channels: int) -> list[SparseModule]:
-            return [SparseResidualBlock(channels, f"subm{stage}", **options) for _ in range(2)]
+            return [SparseResidualBlock(channels, f"subm{stage}", bias=bias, backend=backend) for _ in range(2)]
 
         super().__init__(config, point_columns, (16, 32, 64, 128), blocks)

@@ -7,6 +7,7 @@ its first step on.
 from collections.abc import Callable
 from typing import Any, Literal
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -24,7 +25,7 @@ class Curve(LRScheduler):
         self.rate, self.interval = rate, interval
         super().__init__(optimizer)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         """The rate of every group at the present count."""
         return [self.rate(float(base), self.last_epoch) for base in self.base_lrs]
 

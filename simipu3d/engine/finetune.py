@@ -23,11 +23,12 @@ def finetune(
     out: Path | None = None,
     resume: str | None = None,
     init: str | None = None,
+    partial: bool = False,
 ) -> Path:
     """Train a downstream method, see `pretrain`.
 
     Args:
-        cfg, sets, out, resume: as for `pretrain`.
+        cfg, sets, out, resume, partial: as for `pretrain`.
         init: a checkpoint's path or `scratch`; not needed with `resume`.
 
     Returns:
@@ -43,7 +44,7 @@ def finetune(
     sets = list(sets or [])
     if source is not None:
         sets += followed_input(cfg, sets, source)
-    return pretrain(cfg, sets, out=out, resume=resume, init=weights)
+    return pretrain(cfg, sets, out=out, resume=resume, init=weights, partial=partial)
 
 
 def _resumed(out: Path | None, resume: str | None) -> Path | None:

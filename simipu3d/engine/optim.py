@@ -164,7 +164,7 @@ class CompositeOptimizer(Optimizer):
             first = last
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Evaluate the closure once, then let every optimizer step."""
         loss = None
         if closure is not None:

@@ -140,8 +140,10 @@ def build_trainer(settings: Settings, run: RunDirectory, stop: StopSignals) -> p
     return trainer
 
 
-def build_module(settings: Settings, run: RunDirectory, init: Path | None = None) -> TrainingModule:
-    """Data sets and method of a run, with the weights it starts from; `init` counts for a fresh run only."""
+def build_module(
+    settings: Settings, run: RunDirectory, init: Path | None = None, *, partial: bool = False
+) -> TrainingModule:
+    """Data sets and method of a run, with the weights it starts from; `init` and `partial` count for a fresh run only."""
     needs = settings.needs
     reader = build_reader(settings.data, wants_of(needs))
     check_gives(reader, needs, settings.data)
@@ -158,7 +160,7 @@ def build_module(settings: Settings, run: RunDirectory, init: Path | None = None
     if run.checkpoint is not None:
         check_fits(read_checkpoint(run.checkpoint), method, run.checkpoint)
     elif init is not None:
-        init_lines = load_weights(method, init)
+        init_lines = load_weights(method, init, partial=partial)
     module = TrainingModule(settings, method, reader, held_out)
     module.init_lines = init_lines
     return module
@@ -184,6 +186,7 @@ def pretrain(
     out: Path | None = None,
     resume: str | None = None,
     init: Path | None = None,
+    partial: bool = False,
 ) -> Path:
     """Pre-train as a configuration file says.
 
@@ -193,6 +196,7 @@ def pretrain(
         out: the run's folder; None: runs/<configuration>-<time>.
         resume: None for a fresh run; "" for the last checkpoint of `out`, if there is one; else a checkpoint's path.
         init: a checkpoint whose weights a fresh run starts from.
+        partial: take `init` also where it fills less than 95 % of a network's trainable tensors.
 
     Returns:
         The run's folder.
@@ -203,7 +207,7 @@ def pretrain(
     """
     if resume and init is not None:
         raise UserError("--init: a resumed run has its weights already; leave out --init or --resume")
-    first_process = pl.utilities.rank_zero_only.rank in (0, None)
+    first_process = getattr(pl.utilities.rank_zero_only, "rank", None) in (0, None)
     _quiet_lightning(first_process)
     settings = load_settings(cfg, sets)
     _check_devices(settings.trainer)
@@ -214,15 +218,17 @@ def pretrain(
         out = Path(resume).resolve().parent.parent
     out = Path(os.environ.get(OUT_VARIABLE) or out or default_out(cfg))
     with StopSignals(first_process, out) as stop:
-        _train(settings, out, resume if first_process else resume or "", init, stop)
+        _train(settings, out, resume if first_process else resume or "", stop, init=init, partial=partial)
     return out
 
 
-def _train(settings: Settings, out: Path, resume: str | None, init: Path | None, stop: StopSignals) -> None:
+def _train(
+    settings: Settings, out: Path, resume: str | None, stop: StopSignals, *, init: Path | None, partial: bool
+) -> None:
     """The work of `pretrain` in its folder, which is locked meanwhile."""
     run = RunDirectory(out, settings.to_plain(), resume, writes=stop.first_process)
     try:
-        module = build_module(settings, run, init)
+        module = build_module(settings, run, init, partial=partial)
         if stop.first_process:
             module.reader.prepare()
             if module.held_out_reader is not None:

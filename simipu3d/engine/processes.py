@@ -43,6 +43,7 @@ class WatchedDDP(DDPStrategy):
     """Lightning's DDP, with processes that watch each other."""
 
     def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None  # Lightning sets it first
         self._launcher = WatchedLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
 

@@ -114,7 +114,7 @@ class RunDirectory:
             raise UserError(f"{self.path}: holds another run than {resume}; choose another --out")
         self.checkpoint = Path(resume) if resume else None if self.fresh else newest_checkpoint(self.checkpoints)
         if self.checkpoint is not None:
-            self._check_same_run(resolved)
+            self._check_same_run(self.checkpoint, resolved)
         elif not self.fresh:
             log.info("no checkpoint in %s: starting afresh", self.path)
 
@@ -147,9 +147,9 @@ class RunDirectory:
         """The checkpoint with the best held-out number."""
         return self.checkpoints / "best.ckpt"
 
-    def _check_same_run(self, resolved: dict[str, Any]) -> None:
-        checkpoint = read_checkpoint(self.checkpoint)
-        check_checkpoint(checkpoint, self.checkpoint)
+    def _check_same_run(self, path: Path, resolved: dict[str, Any]) -> None:
+        checkpoint = read_checkpoint(path)
+        check_checkpoint(checkpoint, path)
         old = checkpoint["simipu3d"]
         self.resumed_step = old["global_step"]
         if old["config"]["method"] != resolved["method"]:

@@ -86,11 +86,16 @@ class ValidateConfig(PartConfig):
     """The `validate:` block: what is measured on held-out frames during training, and which checkpoint is the best."""
 
     data: dict[str, Any] = Field(default_factory=lambda: {"split": "val"})
-    """Keys of `data:` that are different for held-out frames. Default: split val."""
+    """Keys of `data:` that are different for held-out frames; without a split among them it is val."""
     metric: str = "loss"
     """Held-out number, without its prefix val_, that chooses checkpoints/best.ckpt. Default: the weighted sum of losses."""
     mode: Literal["min", "max"] = "min"
     """Is the smallest or the largest the best?"""
+
+    @field_validator("data")
+    @classmethod
+    def _other_split(cls, data: dict[str, Any]) -> dict[str, Any]:
+        return {"split": "val", **data}
 
 
 @dataclass(frozen=True)
@@ -250,8 +255,7 @@ def with_data_range(model: type[BaseModel], blocks: dict[str, Any], data: DataCo
         if registry is not POINT_ENCODERS or not isinstance(block, dict) or block.get("point_range"):
             continue
         if block.get("name") in registry.names():
-            model = registry[block["name"]].config
-            field = None if model is None else model.model_fields.get("point_range")
+            field = registry[block["name"]].model.model_fields.get("point_range")
             if field is not None and field.default is not None:
                 filled[name] = {**block, "point_range": box}
     return filled

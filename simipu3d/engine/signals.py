@@ -142,4 +142,5 @@ def requeue() -> str:
 def leave_signals(trainer: Trainer) -> None:
     """Keep Lightning from handling signals: its SIGTERM ends with status 0 and saves nothing, and its SIGUSR1 writes a
     second kind of checkpoint."""
-    trainer._signal_connector.register_signal_handlers = lambda: None
+    connector: Any = trainer._signal_connector
+    connector.register_signal_handlers = lambda: None

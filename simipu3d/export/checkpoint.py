@@ -89,7 +89,7 @@ def rebuild_point_encoder(
         block = {**block, "sparse_backend": "torch"}
     config = parse_part("point_encoder", POINT_ENCODERS, block)
     columns = tuple(run.get("point_columns") or DEFAULT_COLUMNS)
-    encoder = POINT_ENCODERS[config.name].target(config, point_columns=columns)
+    encoder = POINT_ENCODERS.of(config).target(config, point_columns=columns)
     _load_exactly(path, encoder, own, "point")
     return encoder.eval(), config, columns
 

@@ -64,8 +64,8 @@ class FrameObjects:
     def __len__(self) -> int:
         return len(self.frame)
 
-    def take(self, rows: NDArray) -> "FrameObjects":
-        """Some of the objects, by index or mask."""
+    def take(self, rows: NDArray | slice) -> "FrameObjects":
+        """Some of the objects, by index, mask or slice."""
         return replace(self, **{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
 

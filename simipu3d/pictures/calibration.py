@@ -6,7 +6,7 @@ Shapes: E depth edges, S offsets that were tried.
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from simipu3d.pictures.canvas import Picture, draw_dots, draw_lines, draw_text, enlarge, enlarged_pixels, fitting_scale
 
@@ -60,7 +60,7 @@ def plot_scores(
     low, high = float((scores - errors).min()), float((scores + errors).max())
     room = max(high - low, 1e-6)
 
-    def place(x: NDArray[np.floating], y: NDArray[np.floating]) -> NDArray[np.float64]:
+    def place(x: ArrayLike, y: ArrayLike) -> NDArray[np.float64]:
         across = left + (np.asarray(x) - offsets[0]) / (offsets[-1] - offsets[0]) * (width - left - right)
         return np.stack([across, height - bottom - (np.asarray(y) - low) / room * (height - top - bottom)], axis=-1)
 

@@ -48,7 +48,7 @@ def draw_dots(image: Picture, pixels: NDArray[np.floating], colours: ArrayLike, 
     image = image.copy()
     near = np.isfinite(pixels).all(axis=1) & (np.abs(pixels) < 1e6).all(axis=1)
     centres = np.floor(pixels[near] + 0.5).astype(np.int64)
-    colours = np.broadcast_to(np.asarray(colours, dtype=np.uint8), (len(pixels), 3))[near]
+    own_colours = np.broadcast_to(np.asarray(colours, dtype=np.uint8), (len(pixels), 3))[near]
     reach = int(radius)
     steps = np.mgrid[-reach : reach + 1, -reach : reach + 1].reshape(2, -1).T
     steps = steps[(steps**2).sum(axis=1) <= max(radius, 0.5) ** 2]
@@ -59,7 +59,7 @@ def draw_dots(image: Picture, pixels: NDArray[np.floating], colours: ArrayLike, 
     # Of the discs over one pixel the last counts; an assignment with repeated indices would not promise that.
     last = np.full(image.shape[0] * image.shape[1], -1)
     np.maximum.at(last, flat, own[inside])
-    image.reshape(-1, 3)[last >= 0] = colours[last[last >= 0]]
+    image.reshape(-1, 3)[last >= 0] = own_colours[last[last >= 0]]
     return image
 
 

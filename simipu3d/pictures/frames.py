@@ -106,7 +106,7 @@ def frame_page(frame: Frame, max_depth: float = 60.0) -> Picture:
 
 def _camera_rows(frame: Frame, max_depth: float) -> list[list[tuple[str, Picture]]]:
     """Rows of a page for one or two cameras: each kind of picture as large as it gets."""
-    rows = []
+    rows: list[list[tuple[str, Picture]]] = []
     for camera in frame.cameras:
         pictures = _camera_pictures(camera, frame, max_depth, 1750)
         groups = [[picture] for picture in pictures.values()]
@@ -127,11 +127,12 @@ def _rig_rows(frame: Frame, max_depth: float) -> list[list[tuple[str, Picture]]]
     caption += "" if frame.boxes is None else "; boxes, front crossed"
     widest = max(580, *(camera.image.shape[1] for camera in frame.cameras))
     kinds = [(caption, [_points_and_boxes(camera, frame, max_depth, widest) for camera in frame.cameras])]
-    if all(camera.depth is not None for camera in frame.cameras):
-        maps = [depth_as_colours(camera.depth, max_depth) for camera in frame.cameras]
-        kinds.append(("depth, same colours", maps))
-    if all(camera.pixel_class is not None for camera in frame.cameras):
-        kinds.append(("classes", [class_as_colours(camera.pixel_class) for camera in frame.cameras]))
+    depth = [camera.depth for camera in frame.cameras if camera.depth is not None]
+    if len(depth) == len(frame.cameras):
+        kinds.append(("depth, same colours", [depth_as_colours(one, max_depth) for one in depth]))
+    classes = [camera.pixel_class for camera in frame.cameras if camera.pixel_class is not None]
+    if len(classes) == len(frame.cameras):
+        kinds.append(("classes", [class_as_colours(one) for one in classes]))
     return [[(caption, mosaic(pictures, names)[0])] for caption, pictures in kinds]
 
 
@@ -286,11 +287,11 @@ def views_page(batch: Batch) -> Picture:
         for name, view in (("first", first), ("second", second)):
             widths = images.image_size[group, 1].tolist()
             scales = [max(850, *widths) // width for width in widths]
-            drawn = [
+            boxed = [
                 draw_view_boxes(overlay_view(view, images, image, scale=scale), batch, image, scale)
                 for image, scale in zip(group, scales, strict=True)
             ]
-            pictures.append((f"augmented {', '.join(names)}: points of the {name} view", mosaic(drawn, names)[0]))
+            pictures.append((f"augmented {', '.join(names)}: points of the {name} view", mosaic(boxed, names)[0]))
         rows.extend([("", [picture]) for picture in pictures] if len(group) > 1 else [("", pictures)])
     return page(rows)
 

@@ -90,8 +90,8 @@ def draw_boxes(
     """
     picture = enlarge(camera.image if image is None else image, scale)
     corners = box_corners(boxes.center, boxes.size, boxes.yaw)
-    own = np.broadcast_to(np.uint8(BOX_COLOUR), (len(boxes), 3)) if colours is None else colours
-    cross = np.broadcast_to(np.uint8(FRONT_COLOUR), (len(boxes), 3)) if colours is None else colours
+    own = np.broadcast_to(np.array(BOX_COLOUR, dtype=np.uint8), (len(boxes), 3)) if colours is None else colours
+    cross = np.broadcast_to(np.array(FRONT_COLOUR, dtype=np.uint8), (len(boxes), 3)) if colours is None else colours
     for lines, colour, thickness in ((FRONT_CROSS, cross, 0.6 * width), (BOX_EDGES, own, width)):
         edges = corners[:, np.array(lines)].reshape(-1, 2, 3)
         segments, edge = project_edges(camera, edges)

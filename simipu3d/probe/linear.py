@@ -92,7 +92,8 @@ def gather_data(
     new_index = np.full(256, 255, dtype=np.uint8)
     for index, name in enumerate(class_names):
         new_index[index] = merged.index("vehicle" if name in vehicles else name)
-    images, depths, classes = [], [], []
+    images: list[NDArray[np.uint8]] = []
+    depths, classes = [], []
     for frame in frames:
         camera = frame.cameras[0] if frame.cameras else None
         if camera is None or camera.depth is None or camera.pixel_class is None:
@@ -184,7 +185,8 @@ def fit_probe(features: FeatureMap, data: ProbeData, generator: np.random.Genera
     """
     cells = (features.features.shape[2], features.features.shape[3])
     x = np.moveaxis(features.features.numpy().astype(np.float64), 1, -1)
-    image, row, _ = np.indices(x.shape[:3])
+    index = np.indices(x.shape[:3])
+    image, row = index[0], index[1]
     tuning = generator.permutation(len(data)) < max(1, len(data) // 4)
 
     def fit(values: NDArray, known: NDArray) -> tuple[NDArray, Ridge]:
@@ -243,7 +245,7 @@ def score_probe(probe: Probe, features: FeatureMap, data: ProbeData) -> dict[str
     with max(predicted / true, true / predicted) < 1.25, mean_iou the mean over the classes that occur.
     """
     num_classes = len(data.class_names)
-    relative, close, off_ground = [], [], []
+    errors, near, above = [], [], []
     confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
 
     size = data.depth.shape[1:]
@@ -251,14 +253,14 @@ def score_probe(probe: Probe, features: FeatureMap, data: ProbeData) -> dict[str
         known = data.depth[index] > 0
         log_depth = predict_pixels(probe.depth, probe.row_log_depth, features, index, size)[0]
         difference = log_depth[known] - np.log(data.depth[index][known])
-        relative.append(np.abs(np.expm1(difference)))
-        close.append(np.abs(difference) < np.log(1.25))
-        off_ground.append(~np.isin(data.pixel_class[index][known], data.ground))
+        errors.append(np.abs(np.expm1(difference)))
+        near.append(np.abs(difference) < np.log(1.25))
+        above.append(~np.isin(data.pixel_class[index][known], data.ground))
         labelled = data.pixel_class[index] < num_classes
         chosen = predict_pixels(probe.classes, probe.row_shares, features, index, size).argmax(axis=0)
         pairs = data.pixel_class[index][labelled].astype(np.int64) * num_classes + chosen[labelled]
         confusion += np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
-    relative, close, off_ground = np.concatenate(relative), np.concatenate(close), np.concatenate(off_ground)
+    relative, close, off_ground = np.concatenate(errors), np.concatenate(near), np.concatenate(above)
     iou = _iou(confusion)
     vehicle = data.class_names.index("vehicle") if "vehicle" in data.class_names else None
     return {

@@ -183,7 +183,8 @@ def draw_page(
         ),
         ("what the method compares: " + ", ".join(name.replace("_", " ") for name in drawn), [*drawn.items()]),
     ]
-    depth_rows = [("true depth", [("", depth_as_colours(camera.depth)) for camera in cameras])]
+    true = [camera.depth for camera in cameras if camera.depth is not None]  # every drive_world camera has it
+    depth_rows = [("true depth", [("", depth_as_colours(depth)) for depth in true])]
     for name, encode in (("before", random), ("after", trained)):
         maps = encode_all(encode, images)
         colours = features_as_colours([maps.features])[0]

@@ -100,6 +100,7 @@ def _image_facts(
 ) -> tuple[Pictures, dict[str, float], str]:
     """Pictures and BatchNorm eps that the file was trained with, and what of it was assumed, in words."""
     image, block = branch.image, source.block(branch)
+    assert image is not None
     stated = image.stated
     order, pictures, eps = _stated_in_file(source), None, None
     if block is not None:
@@ -139,12 +140,13 @@ def _stated_in_file(source: Source) -> Pictures | None:
     """The pictures that an export of ours names."""
     about = source.meta.get("input")
     order = about.get("order") if isinstance(about, Mapping) else None
-    return {"RGB": CONVENTIONS["imagenet_rgb"], "BGR": CONVENTIONS["caffe_bgr"]}.get(order)
+    return {"RGB": CONVENTIONS["imagenet_rgb"], "BGR": CONVENTIONS["caffe_bgr"]}.get(str(order))
 
 
 def _fold_colours(branch: WeightBranch, tensors: dict[str, Tensor], given: Pictures, what: str) -> dict[str, Tensor]:
     """The first convolution for the pictures as this run feeds them."""
     image = branch.image
+    assert image is not None
     if given == image.pictures:
         return tensors
     if f"{image.first}.weight" not in tensors or tensors[f"{image.first}.weight"].dim() != 4:
@@ -167,7 +169,7 @@ def _point_eps(branch: WeightBranch, match: Match, source: Source, own_eps: Mapp
     there = parse_part("point_encoder", POINT_ENCODERS, {**block})
     with torch.device("meta"):
         columns = source.columns or ("x", "y", "z", "intensity")
-        eps = norm_eps(POINT_ENCODERS[there.name].target(there, point_columns=columns))
+        eps = norm_eps(POINT_ENCODERS.of(there).target(there, point_columns=columns))
     return {name: eps.get(name, own) for name, own in own_eps.items()}
 
 

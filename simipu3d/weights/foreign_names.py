@@ -75,12 +75,19 @@ _BLOCK = {"conv1.weight": "conv1.kernel", "conv2.weight": "conv2.kernel", "short
 _BLOCK_NORMS = {"bn1": "norm1.bn", "bn2": "norm2.bn", "shortcut.1": "downsample.1.bn"}
 
 
+def _split_number(part: str) -> tuple[str, str]:
+    """Letters, and the number behind them ("" for none)."""
+    match = re.fullmatch(r"([a-z]+)(\d*)", part)
+    assert match is not None, part
+    return match[1], match[2]
+
+
 def minkowski(name: str) -> str | None:
     """Res16UNet of MinkowskiEngine's examples, as PointContrast's checkpoints name it."""
     part, _, rest = name.partition(".")
     if part == "final":
         return f"final.{'kernel' if rest == 'weight' else rest}"
-    kind, number = re.fullmatch(r"([a-z]+)(\d*)", part).groups()
+    kind, number = _split_number(part)
     if kind in ("enc", "dec"):
         place, _, rest = rest.partition(".")
         block = f"block{int(number) + 4 * (kind == 'dec')}.{place}"
@@ -103,7 +110,7 @@ def pointcept(name: str) -> str | None:
     part, _, rest = name.partition(".")
     if part == "final":
         return name
-    kind, number = re.fullmatch(r"([a-z]+)(\d*)", part).groups()
+    kind, number = _split_number(part)
     if kind == "stem":
         return f"conv_input.{rest}"
     index = int(number) - 1 if kind in ("down", "enc") else 4 - int(number)

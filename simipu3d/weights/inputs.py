@@ -6,6 +6,7 @@ is cut only where its rim is 0. Position tables are interpolated as timm does it
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -163,7 +164,8 @@ def resize_positions(module: nn.Module, name: str, own: Tensor, given: Tensor) -
             and own.dim() == given.dim() == 3
             and own.shape[-1] == given.shape[-1]
         ):
-            grid = module.patch_embed.grid_size
+            embed: Any = module.get_submodule("patch_embed")
+            grid = embed.grid_size
             extra = own.shape[1] - grid[0] * grid[1]
             return layers.resample_abs_pos_embed(given.float(), new_size=list(grid), num_prefix_tokens=extra)
     except (AttributeError, RuntimeError, TypeError, ValueError):

@@ -254,8 +254,8 @@ def _other_network(branch: WeightBranch, match: Match, source: Source, partial: 
     if branch.image is None or partial or match.naming.title.startswith("its authors"):
         return ""
     parts = {name.partition(".")[0] for name in known}
-    more = {name for name in given if name.partition(".")[0] in parts} - set(known)
-    more = sorted(name for name in more if not _NEEDLESS.search(name) and not name.startswith(_CLASSIFIERS))
+    unknown = {name for name in given if name.partition(".")[0] in parts} - set(known)
+    more = sorted(name for name in unknown if not _NEEDLESS.search(name) and not name.startswith(_CLASSIFIERS))
     return f"none, it is another network there: it also has {some_names(more)}" if more else ""
 
 

@@ -154,7 +154,7 @@ def further_layers(own: Iterable[str], given: Iterable[str]) -> list[str]:
             known.add(".".join(parts[: end + 1]))
             if part.isdecimal():
                 rows.add(".".join(parts[:end]))
-    found = {}
+    found: dict[str, None] = {}
     for name in given:
         parts = name.split(".")
         for end, part in enumerate(parts):

@@ -63,7 +63,7 @@ class Options:
         """Nothing of the file's options is used."""
 
 
-_STAND_INS = [
+_STAND_INS: list[Any] = [
     (NumberType, "numpy.dtype"),
     (Options, "argparse.Namespace"),
     *((number, f"{module}.scalar") for module in _MODULES),

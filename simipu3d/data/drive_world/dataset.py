@@ -9,7 +9,7 @@ street. `Frame.world_from_lidar` leads to the street: x along it, z up, the road
 import os
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.random import Generator, default_rng
@@ -247,7 +247,7 @@ class DriveWorld(BaseReader):
         points, point_class, point_solid = sensors.scan(world, pose, settings, rng)
         # GROUND and NOTHING are -1 and -2: they index the two zeros at the end, and no object has the number 0.
         instance_of = np.append(scene.instances, [0, 0]).astype(np.uint16)
-        arrays = {
+        arrays: dict[str, Any] = {
             "points": points,
             "point_class": point_class,
             "point_instance": instance_of[point_solid],
@@ -272,7 +272,8 @@ class DriveWorld(BaseReader):
 
     def _frame(self, index: int, arrays: dict[str, NDArray]) -> Frame:
         cameras = tuple(self._camera(name, index, arrays) for name in self._cameras if self._needs_cameras)
-        points, truth = self._no_points(), {}
+        points = self._no_points()
+        truth: dict[str, Any] = {}
         if self.wants.points:
             points = arrays["points"]
             truth = {kind: arrays[kind] for kind in POINT_TRUTH if self._wanted(kind)}
@@ -294,7 +295,7 @@ class DriveWorld(BaseReader):
         )
 
     def _camera(self, name: str, index: int, arrays: dict[str, NDArray]) -> Camera:
-        truth = {kind: arrays[f"{name}.{kind}"] for kind in CAMERA_TRUTH if self._wanted(kind)}
+        truth: dict[str, Any] = {kind: arrays[f"{name}.{kind}"] for kind in CAMERA_TRUTH if self._wanted(kind)}
         if "pixel_instance" in truth:
             truth["pixel_instance"] = truth["pixel_instance"].astype(np.int32)
         return Camera(

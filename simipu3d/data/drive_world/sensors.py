@@ -145,7 +145,7 @@ def take_pictures(
     shadows = index_shadows(world, light.sun, pose.x, 220.0)
     exposure = math.exp(0.2 * rng.standard_normal())
     balance = np.exp(0.06 * rng.standard_normal(3))
-    pictures = []
+    pictures: list[dict[str, NDArray]] = []
     for name in names:
         to_camera = camera_from_lidar(name, pose)
         street_from_camera = pose.street_from_lidar @ np.linalg.inv(to_camera)

@@ -126,7 +126,7 @@ def draw_size(size: tuple[int, int], config: ImageAugmentConfig, rng: np.random.
     if config.resize == "long_short":
         long_edge = rng.integers(*config.long_edge, endpoint=True)
         short_edge = rng.integers(*config.short_edge, endpoint=True)
-        factor = min(long_edge / max(size), short_edge / min(size))
+        factor = float(min(long_edge / max(size), short_edge / min(size)))
     else:
         factor = rng.uniform(*config.resize_factor)
     height, width = (max(1, int(edge * factor + 0.5)) for edge in size)

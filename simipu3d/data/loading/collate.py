@@ -6,6 +6,7 @@ A batch gives what its frames give one by one: nothing here depends on a frame's
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ class Collate:
         views: list[list[PointSample]],
         images: list[list[tuple[ImageSample, ...]]],
     ) -> Truth:
-        kinds = {}
+        kinds: dict[str, Any] = {}
         for kind in self.needs.truth:
             if kind == "boxes":
                 kinds[kind] = _boxes([sample.boxes for sample in samples])

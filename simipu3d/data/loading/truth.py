@@ -5,6 +5,7 @@ kind that a method needs and a frame lacks makes that frame a bad one. Shapes: N
 """
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ def with_image_truth(sample: ImageSample, frame: Frame, camera: Camera, kinds: K
         BadFrameError: the camera has no such map, or one of another size than its image.
     """
     where = f"frame {frame.frame_id}, camera {camera.name}"
-    changes = {}
+    changes: dict[str, Any] = {}
     if "depth" in kinds:
         if camera.depth is None:
             changes["depth"] = torch.from_numpy(render_depth(frame.points[:, :3], camera, sample.move))

@@ -71,7 +71,10 @@ class BaseReader(FrameReader):
 
     def _wanted(self, kind: TruthKind) -> bool:
         """Is this kind of ground truth read? That of pixels and points goes with the images and points."""
-        carrier = {**dict.fromkeys(CAMERA_TRUTH, self.wants.images), **dict.fromkeys(POINT_TRUTH, self.wants.points)}
+        carrier: dict[TruthKind, bool] = {
+            **dict.fromkeys(CAMERA_TRUTH, self.wants.images),
+            **dict.fromkeys(POINT_TRUTH, self.wants.points),
+        }
         return kind in self.wants.truth and carrier.get(kind, True)
 
     def _no_points(self) -> NDArray[np.float32]:

@@ -87,7 +87,8 @@ class CustomReader(BaseReader):
         name, frame = self.frames[index]
         sequence = self.sequences[name]
         cameras = tuple(self._camera(name, frame, image) for image in self._images(frame) if self._needs_cameras)
-        points, truth = self._no_points(), {}
+        points = self._no_points()
+        truth: dict[str, NDArray] = {}
         if self.wants.points:
             points, truth = self._points(name, frame, sequence.points, cameras)
         return Frame(
@@ -147,10 +148,10 @@ class CustomReader(BaseReader):
             except UserError as error:
                 wrong[name] = error
         if wrong:
-            (_, *others), error = wrong, next(iter(wrong.values()))
+            (_, *others), first = wrong, next(iter(wrong.values()))
             if not others:
-                raise error
-            raise UserError(f"{error}; {len(others)} further sequences are wrong: {', '.join(others)}") from error
+                raise first
+            raise UserError(f"{first}; {len(others)} further sequences are wrong: {', '.join(others)}") from first
         return sequences
 
     def _open(self, name: str) -> SequenceModel:
@@ -216,7 +217,7 @@ class CustomReader(BaseReader):
         points = np.column_stack(columns).astype(np.float32)
         check_points(points, str(path))
         kept = self._select(points, cameras, str(path))
-        truth = {}
+        truth: dict[str, NDArray] = {}
         for kind in (kind for kind in POINT_TRUTH if self._wanted(kind)):
             if (file := getattr(frame, kind)) is not None:
                 labels = read_point_labels(self.config.root / name / file, kind, len(points), self.class_names)

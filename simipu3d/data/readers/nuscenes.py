@@ -12,7 +12,7 @@ as nuScenes' own drawings do.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,7 @@ from simipu3d.errors import BadFrameError
 from simipu3d.registry import READERS
 
 CameraName = Literal["CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT"]
-CAMERAS: tuple[CameraName, ...] = CameraName.__args__
+CAMERAS: tuple[CameraName, ...] = get_args(CameraName)
 """The six cameras."""
 
 FILE_COLUMNS = ("x", "y", "z", "intensity", "ring")

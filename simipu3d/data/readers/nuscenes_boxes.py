@@ -235,7 +235,7 @@ def _classes(folder: Path, instances: list[str], keep_others: bool) -> tuple[tup
         )
     classes = [DETECTION_CLASSES.get(name, name if keep_others else None) for name in class_of.values()]
     names = tuple(sorted({name for name in classes if name is not None}))
-    index_of = {None: -1, **{name: index for index, name in enumerate(names)}}
+    index_of: dict[str | None, int] = {None: -1, **{name: index for index, name in enumerate(names)}}
     return names, np.array([index_of[name] for name in classes], dtype=np.int64)
 
 

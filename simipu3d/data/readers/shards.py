@@ -9,7 +9,7 @@ import json
 from collections import OrderedDict
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from zlib import crc32
 
 import numpy as np
@@ -112,7 +112,7 @@ class ShardsReader(BaseReader):
 
     def _cut(self, frame: Frame, source: str) -> Frame:
         """The frame without the points that `point_range` and `frustum` take away, and without images that are not wanted."""
-        changes = {} if self.wants.images else {"cameras": ()}
+        changes: dict[str, Any] = {} if self.wants.images else {"cameras": ()}
         if self.wants.points and (self.config.point_range is not None or self.config.frustum):
             kept = self._select(frame.points, frame.cameras, source)
             truth = {kind: getattr(frame, kind) for kind in POINT_TRUTH}

@@ -269,7 +269,7 @@ def _image(compressed: bytes, dtype: type[np.float32] | type[np.int32], num_chan
 def _check_sizes(laser: WaymoLaser, what: str) -> None:
     """All images of a lidar have the same rows and columns, and as many rows as it has beams."""
     size = laser.returns[0].image.shape[:2]
-    others = [("pose image", laser.pixel_pose)]
+    others: list[tuple[str, NDArray | None]] = [("pose image", laser.pixel_pose)]
     for place, part in enumerate(laser.returns, start=1):
         others += [(f"return {place}", part.image), (f"camera projection of return {place}", part.projection)]
     for part_name, image in others:

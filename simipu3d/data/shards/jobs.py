@@ -36,8 +36,10 @@ def run_jobs(job: Callable[[int], Result], numbers: Sequence[int], workers: int)
         return
     context = get_context("fork")  # a reader may be large, and need not be picklable; a worker has one thread
     stopped = context.Event()
-    start = {"initializer": _start, "initargs": (job, stopped, os.getpid())}
-    with ProcessPoolExecutor(min(workers, len(numbers)), mp_context=context, **start) as pool:
+    start = (job, stopped, os.getpid())
+    with ProcessPoolExecutor(
+        min(workers, len(numbers)), mp_context=context, initializer=_start, initargs=start
+    ) as pool:
         futures = [pool.submit(_run, number) for number in numbers]
         try:
             for future in as_completed(futures):

@@ -77,13 +77,15 @@ def cached_rulebook(x: SparseTensor, geometry: ConvGeometry, backend: str) -> Ru
         ValueError: the indice key stands for other sites or another kernel, or there is nothing to invert.
     """
     book = x.rulebooks.get((backend, geometry.indice_key))
-    if geometry.kind == "inverse":
-        if book is None:
+    if book is None:
+        if geometry.kind == "inverse":
             raise ValueError(f"no convolution has run under {geometry.indice_key!r}, so there is nothing to invert")
+        return None
+    if geometry.kind == "inverse":
         fits = book.geometry.kind == "strided" and book.geometry.kernel_size == geometry.kernel_size
         fits = fits and book.target_bzyx is x.voxel_bzyx
     else:
-        fits = book is None or (book.geometry == geometry and book.source_bzyx is x.voxel_bzyx)
+        fits = book.geometry == geometry and book.source_bzyx is x.voxel_bzyx
     if not fits:
         raise ValueError(
             f"indice key {geometry.indice_key!r} was used for {book.geometry} on other sites or with another kernel; "

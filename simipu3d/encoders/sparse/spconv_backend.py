@@ -46,6 +46,7 @@ def convolve(x: SparseTensor, weight: Tensor, geometry: ConvGeometry) -> SparseT
     # Contiguous, because spconv reads the indices as if they were: columns of a transposed tensor give wrong sites.
     features, indices, known = x.features, x.voxel_bzyx.int().contiguous(), {}
     if geometry.kind == "inverse":
+        assert book is not None
         data, order = book.pairs
         features, indices = features.index_select(0, torch.argsort(order)), data.out_indices
         known = {geometry.indice_key: data}
@@ -66,6 +67,7 @@ def convolve(x: SparseTensor, weight: Tensor, geometry: ConvGeometry) -> SparseT
         result = call(*arguments) if features.is_cuda else _OnOneThread.apply(*arguments, call)
     result = result.to(x.features.dtype)
     if geometry.kind == "inverse":
+        assert book is not None
         return SparseTensor(result, book.source_bzyx, book.source_shape, x.batch_size, x.rulebooks)
     book = _keep_rulebook(x, geometry, outputs[-1], book)
     if book.pairs.order is not None:

@@ -27,8 +27,11 @@ _MOST_IN_BATCH = 8
 class _Moments:
     """Means of a BatchNorm's input and of its square, over all pictures, each pixel once."""
 
-    def __init__(self, norm: nn.Module):
+    def __init__(self, norm: BatchNorm):
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         self.norm, self.count = norm, 0
+        self.running_mean, self.running_var = norm.running_mean, norm.running_var
         self.sum = torch.zeros_like(norm.running_mean, dtype=torch.float64)
         self.squares = torch.zeros_like(self.sum)
         self.hook = norm.register_forward_pre_hook(self._add)
@@ -41,8 +44,8 @@ class _Moments:
 
     def write(self) -> None:
         mean = self.sum / self.count
-        self.norm.running_mean.copy_(mean)
-        self.norm.running_var.copy_((self.squares / self.count - mean.square()).clamp(min=0))
+        self.running_mean.copy_(mean)
+        self.running_var.copy_((self.squares / self.count - mean.square()).clamp(min=0))
 
 
 def calibrate(encoder: ImageEncoder, batches: Iterable[Tensor]) -> int:

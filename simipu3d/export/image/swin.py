@@ -7,7 +7,7 @@ Microsoft's names (True), which it converts itself.
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -36,7 +36,8 @@ def prepare_swin(encoder: ImageEncoder, target: str) -> ImageEncoder:
     Raises:
         UserError: it has options that mmdetection's has not.
     """
-    odd = [name for name in encoder.trunk.state_dict() if swin_mmdet(name) not in _peer(encoder).state_dict()]
+    known = PeerSwin(*_settings(encoder)).state_dict()
+    odd = [name for name in encoder.trunk.state_dict() if swin_mmdet(name) not in known]
     if odd or encoder.neck is not None:
         raise UserError(
             f"--to {target}: this {encoder.config.name} with model_args {dict(encoder.config.model_args)} is not "
@@ -60,7 +61,8 @@ def convert_swin(job: Job, tensors: dict[str, Tensor], meta: dict[str, Any]) -> 
 
 def check_swin(tensors: dict[str, Tensor], path: Path, kind: ImageTarget, job: Job) -> dict[str, Any]:
     """Load what was read back into mmdetection's network, compare every stage that computes alike."""
-    encoder, peer = job.encoder, _peer(job.encoder).eval()
+    encoder, settings = job.encoder, _settings(job.encoder)
+    peer = PeerSwin(*settings).eval()
     state = microsoft_to_mmdet(tensors) if job.microsoft else tensors
     if job.microsoft:  # its loader leaves the last norm under a name that nothing has
         state = {name: value for name, value in state.items() if not name.startswith("norm.")}
@@ -69,7 +71,7 @@ def check_swin(tensors: dict[str, Tensor], path: Path, kind: ImageTarget, job: J
     fresh = {name for name in peer.state_dict() if re.match(r"norm\d\.", name) or name.endswith("position_index")}
     verify.load_every_tensor(peer, state, untrained | fresh)
     count = num_alike(encoder)
-    window = peer.stages[0].blocks[0].window
+    window = settings.window
     size = (32 * window, 64 * window)
     result = verify.compare_features(encoder, lambda images: peer(images, count), job.convention, count, size)
     note = (
@@ -90,7 +92,17 @@ def num_alike(encoder: ImageEncoder) -> int:
     return levels
 
 
-def _peer(encoder: ImageEncoder) -> PeerSwin:
+class _Settings(NamedTuple):
+    """The arguments of `PeerSwin`."""
+
+    width: int
+    depths: tuple[int, ...]
+    heads: tuple[int, ...]
+    window: int
+    ratio: float
+
+
+def _settings(encoder: ImageEncoder) -> _Settings:
     trunk = encoder.trunk
     blocks = [stage.blocks for stage in trunk.layers]
     first = blocks[0][0]
@@ -101,7 +113,7 @@ def _peer(encoder: ImageEncoder) -> PeerSwin:
         depths.append(1 + max(int(match[1]) for match in map(absent.match, encoder.untrained) if match))
         heads.append(2 * heads[-1])
     ratio = first.mlp.fc1.out_features / first.mlp.fc1.in_features
-    return PeerSwin(trunk.embed_dim, tuple(depths), tuple(heads), first.attn.window_size[0], ratio)
+    return _Settings(trunk.embed_dim, tuple(depths), tuple(heads), first.attn.window_size[0], ratio)
 
 
 def _usage_note(job: Job) -> list[str]:
@@ -115,11 +127,8 @@ def _usage_note(job: Job) -> list[str]:
 
 
 def _dims(job: Job) -> str:
-    peer = _peer(job.encoder)
-    depths = [len(stage.blocks) for stage in peer.stages]
-    heads = [stage.blocks[0].attn.w_msa.heads for stage in peer.stages]
-    window = peer.stages[0].blocks[0].window
-    return f"embed_dims={job.encoder.trunk.embed_dim}, depths={depths}, num_heads={heads}, window_size={window}"
+    width, depths, heads, window, _ = _settings(job.encoder)
+    return f"embed_dims={width}, depths={list(depths)}, num_heads={list(heads)}, window_size={window}"
 
 
 # -------------------------------------------------------------------------------------------------------- the targets

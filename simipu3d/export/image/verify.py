@@ -87,13 +87,13 @@ def same_tensors(given: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         raise ExportError(f"these tensors are not as they were written: {some_names(sorted(differs))}")
 
 
-def torchvision_resnet(name: str) -> nn.Module:
+def torchvision_resnet(name: str) -> Any:
     """torchvision's ResNet, freshly initialised, in eval mode."""
     return getattr(import_torchvision().models, name)(weights=None).eval()
 
 
-def resnet_levels(network: nn.Module, images: Tensor) -> list[Tensor]:
-    """Stem and the four stages of torchvision's ResNet."""
+def resnet_levels(network: Any, images: Tensor) -> list[Tensor]:
+    """Stem and the four stages of torchvision's ResNet, which has no types."""
     features = network.relu(network.bn1(network.conv1(images)))
     maps = [features]
     features = network.maxpool(features)

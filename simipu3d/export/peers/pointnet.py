@@ -53,6 +53,12 @@ def _mmdet3d_mlp(widths: tuple[int, ...], eps: float) -> nn.Module:
     return mlp
 
 
+class _SetAbstraction(nn.Module):
+    def __init__(self, mlps: list[nn.Module]):
+        super().__init__()
+        self.mlps = nn.ModuleList(mlps)
+
+
 class PeerPointNet(nn.Module):
     """The set abstraction layers under a project's names; feature propagation, which is fresh, for its names only.
 
@@ -72,11 +78,10 @@ class PeerPointNet(nn.Module):
         channels = num_features
         skips = [channels]
         for layer in layers:
-            module = nn.Module()
-            module.mlps = nn.ModuleList(build((channels + 3 * use_xyz, *widths), eps) for widths in layer.mlps)
-            self.SA_modules.append(module)
+            mlps = [build((channels + 3 * use_xyz, *widths), eps) for widths in layer.mlps]
+            self.SA_modules.append(_SetAbstraction(mlps))
             channels = sum(widths[-1] for widths in layer.mlps)
-            mix = nn.Identity()
+            mix: nn.Module = nn.Identity()
             if layer.aggregation is not None:
                 mix = _ConvModule(nn.Conv1d(channels, layer.aggregation, 1), nn.BatchNorm1d(layer.aggregation))
                 channels = layer.aggregation
@@ -100,6 +105,7 @@ class PeerPointNet(nn.Module):
         for layer, module, mix, chosen in zip(self.layers, self.SA_modules, self.aggregation_mlps, rows, strict=True):
             centres = torch.stack([points[index] for points, index in zip(xyz, chosen, strict=True)])
             shells = []
+            assert isinstance(module, _SetAbstraction)
             for shell, mlp in zip(layer.shells, module.mlps, strict=True):
                 scenes = (self._group(*scene, shell) for scene in zip(xyz, features, centres, strict=True))
                 grouped = torch.stack(list(scenes)).permute(0, 3, 1, 2)  # (B, C, M, K)

@@ -5,6 +5,7 @@ the order of axes that the target feeds: (z, y, x) or (x, y, z). Shapes: V sites
 """
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -14,6 +15,12 @@ from torch.nn import functional as F
 
 Triple = tuple[int, int, int]
 ONES: Triple = (1, 1, 1)
+
+
+def triple(values: Iterable[int]) -> Triple:
+    """Three numbers, one an axis."""
+    first, second, third = values
+    return first, second, third
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +132,7 @@ class PeerConv(nn.Module):
         occupied[tuple(grid.cells.T)] = 1
         pads = [pad for size in reversed(self.padding) for pad in (size, size)]
         reached = F.max_pool3d(F.pad(occupied[:, None], pads), self.kernel, self.stride)[:, 0]
-        return Grid(reached.nonzero(), tuple(reached.shape[1:]), grid.batch_size)
+        return Grid(reached.nonzero(), triple(reached.shape[1:]), grid.batch_size)
 
 
 class OneByOne(nn.Module):
@@ -180,6 +187,6 @@ def plant(root: nn.Module, name: str, module: nn.Module) -> nn.Module:
     for part in path:
         if part not in root._modules:
             root.add_module(part, nn.Module())
-        root = root._modules[part]
+        root = root.get_submodule(part)
     root.add_module(last, module)
     return module

@@ -4,6 +4,8 @@ Blocks with odd numbers always shift their windows, also where one window covers
 unfolding whose channels run slowest. Shapes: I images, (I, H, W, C) inside.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,6 +36,8 @@ def microsoft_to_mmdet(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class _Attention(nn.Module):
+    relative_position_index: Tensor
+
     def __init__(self, width: int, heads: int, window: int):
         super().__init__()
         self.heads, self.window = heads, window
@@ -60,14 +64,14 @@ class _Block(nn.Module):
         super().__init__()
         self.window, self.shift = window, window // 2 if shift else 0
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn, self.ffn = nn.Module(), nn.Module()
-        self.attn.w_msa = _Attention(width, heads, window)
+        self.attn = nn.ModuleDict({"w_msa": _Attention(width, heads, window)})
         hidden = int(width * ratio)
-        self.ffn.layers = nn.Sequential(nn.Sequential(nn.Linear(width, hidden), nn.GELU()), nn.Linear(hidden, width))
+        layers = nn.Sequential(nn.Sequential(nn.Linear(width, hidden), nn.GELU()), nn.Linear(hidden, width))
+        self.ffn = nn.ModuleDict({"layers": layers})
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self._attend(self.norm1(x))
-        return x + self.ffn.layers(self.norm2(x))
+        return x + self.ffn["layers"](self.norm2(x))
 
     def _attend(self, x: Tensor) -> Tensor:
         images, height, width, channels = x.shape
@@ -82,7 +86,7 @@ class _Block(nn.Module):
             ]
             part = self._windows((regions[0][:, None] * 3 + regions[1])[None, ..., None])[..., 0]
             mask = (part[:, None] != part[:, :, None]).float() * MASKED
-        windows = self.attn.w_msa(self._windows(x), mask)
+        windows = self.attn["w_msa"](self._windows(x), mask)
         x = windows.view(images, rows // w, columns // w, w, w, channels).transpose(2, 3)
         x = x.reshape(images, rows, columns, channels)
         return (x.roll((s, s), (1, 2)) if s else x)[:, :height, :width]
@@ -107,6 +111,18 @@ class _Merging(nn.Module):
         return self.reduction(self.norm(merged))
 
 
+class _Stage(nn.Module):
+    """Blocks, and (not in the last stage) the merging of patches behind them."""
+
+    downsample: _Merging
+
+    def __init__(self, blocks: Iterable[_Block], merging: _Merging | None):
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks)
+        if merging is not None:
+            self.downsample = merging
+
+
 class PeerSwin(nn.Module):
     """The backbone with its output norms.
 
@@ -119,26 +135,22 @@ class PeerSwin(nn.Module):
 
     def __init__(self, width: int, depths: tuple[int, ...], heads: tuple[int, ...], window: int, ratio: float):
         super().__init__()
-        self.patch_embed = nn.Module()
-        self.patch_embed.projection, self.patch_embed.norm = nn.Conv2d(3, width, 4, 4), nn.LayerNorm(width)
+        self.patch_embed = nn.ModuleDict({"projection": nn.Conv2d(3, width, 4, 4), "norm": nn.LayerNorm(width)})
         self.stages = nn.ModuleList()
         for number, (depth, head) in enumerate(zip(depths, heads, strict=True)):
-            stage = nn.Module()
-            stage.blocks = nn.ModuleList(_Block(width, head, window, bool(i % 2), ratio) for i in range(depth))
-            if number < len(depths) - 1:
-                stage.downsample = _Merging(width)
-            self.stages.append(stage)
+            blocks = [_Block(width, head, window, bool(i % 2), ratio) for i in range(depth)]
+            self.stages.append(_Stage(blocks, _Merging(width) if number < len(depths) - 1 else None))
             self.add_module(f"norm{number}", nn.LayerNorm(width))
             width *= 2
 
     def forward(self, images: Tensor, num_levels: int) -> list[Tensor]:
         """(I, C, H, W) maps of the first stages, before their output norms, except the last stage's."""
         x = F.pad(images, (0, -images.shape[3] % 4, 0, -images.shape[2] % 4))
-        x = self.patch_embed.norm(self.patch_embed.projection(x).permute(0, 2, 3, 1))
+        x = self.patch_embed["norm"](self.patch_embed["projection"](x).permute(0, 2, 3, 1))
         maps = []
         for number, stage in enumerate(self.stages[:num_levels]):
-            for block in stage.blocks:
-                x = block(x)
+            assert isinstance(stage, _Stage)
+            x = stage.blocks(x)
             last = number == len(self.stages) - 1
             maps.append((getattr(self, f"norm{number}")(x) if last else x).permute(0, 3, 1, 2))
             x = x if last else stage.downsample(x) if number + 1 < num_levels else x

@@ -10,7 +10,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from simipu3d.export.peers.sparse import Grid, OneByOne, PeerConv, PeerTensor, Residual, Unit, gather_add
+from simipu3d.export.peers.sparse import Grid, OneByOne, PeerConv, PeerTensor, Residual, Unit, gather_add, triple
 
 # ------------------------------------------------------------------------------------------------ MinkowskiEngine
 
@@ -145,7 +145,7 @@ class MinkowskiUNet(nn.Module):
 def _shrink(grid: Grid, stride: int) -> Grid:
     """Absolute coordinates as cells of their own level."""
     cells = torch.cat([grid.cells[:, :1], grid.cells[:, 1:] // stride], dim=1)
-    return Grid(cells, tuple(-(-size // stride) for size in grid.shape), grid.batch_size)
+    return Grid(cells, triple(-(-size // stride) for size in grid.shape), grid.batch_size)
 
 
 # ------------------------------------------------------------------------------------------------------ Pointcept

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from simipu3d.export.peers.sparse import PeerConv, PeerTensor, Residual, Triple, Unit, plant
+from simipu3d.export.peers.sparse import ONES, PeerConv, PeerTensor, Residual, Triple, Unit, plant
 
 EPS = 1e-3
 """BatchNorm's in all of them."""
@@ -38,10 +38,21 @@ class Style:
         """A triple in the style's order of axes."""
         return zyx if self.axes == "zyx" else zyx[::-1]
 
-    def unit(self, kind: str, widths: tuple[int, int], **geometry: object) -> Unit:
+    def unit(
+        self,
+        kind: str,
+        widths: tuple[int, int],
+        *,
+        kernel: Triple = (3, 3, 3),
+        stride: Triple = ONES,
+        padding: Triple = ONES,
+        key: str = "",
+    ) -> Unit:
         """Convolution, BatchNorm, ReLU; the geometry is (z, y, x)."""
-        turned = {key: self.turn(value) if isinstance(value, tuple) else value for key, value in geometry.items()}
-        conv = PeerConv(kind, widths, layout=self.layout, **turned)
+        turned = [self.turn(value) for value in (kernel, stride, padding)]
+        conv = PeerConv(
+            kind, widths, layout=self.layout, kernel=turned[0], stride=turned[1], padding=turned[2], key=key
+        )
         return Unit(conv, nn.BatchNorm1d(widths[1], eps=EPS), nn.ReLU())
 
 
@@ -59,8 +70,8 @@ def layers(style: Style, in_channels: int) -> Iterator[nn.Module]:
                 yield Residual((width, width), EPS, style.layout, style.bias)
             else:
                 yield style.unit("submanifold", (width, width))
-    last = {"kernel": (3, 1, 1), "stride": (2, 1, 1), "padding": (style.last_pad,) * 3, "key": "down"}
-    yield style.unit("strided", (widths[3], 128), **last)
+    pads = (style.last_pad,) * 3
+    yield style.unit("strided", (widths[3], 128), kernel=(3, 1, 1), stride=(2, 1, 1), padding=pads, key="down")
 
 
 OPENPCDET_PLAIN = [

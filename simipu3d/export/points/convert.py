@@ -71,6 +71,13 @@ class Converted:
     depth: int | None = None
 
 
+def _renamed(rename: foreign_names.Rename, name: str) -> str:
+    """The target's name of a tensor that it has."""
+    foreign = rename(name)
+    assert foreign is not None, name
+    return foreign
+
+
 # ----------------------------------------------------------------------------------------------------- input columns
 
 
@@ -134,7 +141,7 @@ def convert_voxel(job: PointJob, rename: foreign_names.Rename, *, turned: bool =
         if value.dim() == 5:
             value = value.permute(0, 3, 2, 1, 4) if turned else value
             value = foreign_names.to_layout(value, job.layout)
-        tensors[rename(name)] = value
+        tensors[_renamed(rename, name)] = value
     if turned:
         notes.append("kernels: axes (z, y, x) -> (x, y, z)")
     return Converted(tensors, notes, [], () if job.encoder.conv_out is not None else ("conv_out.",))
@@ -178,7 +185,7 @@ def convert_pointnet(job: PointJob, rename: foreign_names.Rename, eps: float, *,
         for name in trained:
             state = convert.fold_bias(state, name.removesuffix("bn") + "conv", name)
         notes.append("biases of the convolutions: into the running means")
-    return Converted({rename(name): value for name, value in state.items()}, notes, [], ("FP_modules.",))
+    return Converted({_renamed(rename, name): value for name, value in state.items()}, notes, [], ("FP_modules.",))
 
 
 # ------------------------------------------------------------------------------------------------------ sparse U-Nets
@@ -191,7 +198,7 @@ def convert_minkowski(job: PointJob) -> Converted:
     state["stem.0.weight"] = _fit_input(job, state["stem.0.weight"], notes)
     tensors = {}
     for name, value in state.items():
-        foreign = foreign_names.minkowski(name)
+        foreign = _renamed(foreign_names.minkowski, name)
         is_weight = value.dim() > 1 or name == "final.bias"
         tensors[foreign] = foreign_names.to_minkowski(value) if is_weight else value
     fresh = () if job.config.output == "full" else ("convtr", "bntr", "block5", "block6", "block7", "block8")
@@ -256,7 +263,7 @@ def convert_pointcept(job: PointJob) -> Converted:
             value = value.permute(0, 3, 2, 1, 4).contiguous()
         elif value.dim() == 2:  # spconv reads a 1x1 weight's buffer as (in, out)
             value = value.T.contiguous().reshape(value.shape[0], 1, 1, 1, value.shape[1])
-        tensors[foreign_names.pointcept(name)] = value
+        tensors[_renamed(foreign_names.pointcept, name)] = value
     notes.append("kernels: axes (z, y, x) -> (x, y, z)")
     fresh = (
         () if full else ("up.", "dec.", "final.", *(f"{p}.{s}." for s in range(depth - 1, 4) for p in ("down", "enc")))

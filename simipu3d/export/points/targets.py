@@ -11,6 +11,7 @@ from functools import partial
 
 from torch import nn
 
+from simipu3d.encoders.strided_backbone import StridedBackbone
 from simipu3d.errors import UserError
 from simipu3d.export.peers import pointnet, unet, voxel
 from simipu3d.export.points import convert as to
@@ -86,16 +87,20 @@ class PointTarget:
 # ------------------------------------------------------------------------------------------------------- voxel networks
 
 
-def _voxel_peer(job: PointJob, layer_names: list[str], **style: object) -> voxel.PeerEncoder:
+def _voxel_peer(job: PointJob, layer_names: list[str], *, bias: bool = False, axes: str = "zyx") -> voxel.PeerEncoder:
     residual = job.name == "voxel_res_backbone8x"
-    settings = {"layout": job.layout, "last_pad": job.config.last_pad} | style
-    return voxel.PeerEncoder(layer_names, voxel.Style(residual=residual, **settings), job.channels)
+    style = voxel.Style(residual, job.layout, bias=bias, axes=axes, last_pad=job.config.last_pad)
+    return voxel.PeerEncoder(layer_names, style, job.channels)
 
 
-def _openpcdet_peer(job: PointJob) -> nn.Module:
+def _openpcdet_peer(job: PointJob) -> voxel.PeerEncoder:
     residual = job.name == "voxel_res_backbone8x"
     layer_names = voxel.OPENPCDET_RESIDUAL if residual else voxel.OPENPCDET_PLAIN
     return _voxel_peer(job, layer_names, bias=residual and job.bias)
+
+
+def _unet_v2_peer(job: PointJob) -> voxel.PeerEncoder:
+    return voxel.add_unet_decoder(_openpcdet_peer(job), job.layout)
 
 
 def _unet_v2(job: PointJob) -> Converted:
@@ -142,6 +147,7 @@ def _mmdet3d_voxel(job: PointJob, rename: names.Rename, turned: bool = False) ->
 
 def _use_mmdet3d_voxel(job: PointJob, network: str) -> list[str]:
     residual = job.name == "voxel_res_backbone8x"
+    assert isinstance(job.encoder, StridedBackbone)
     nz, ny, nx = job.encoder.sparse_shape
     shape = [nx, ny, nz] if network.startswith("BEVFusion") else [nz, ny, nx]
     part = job.prefix.split(".")[-2]
@@ -251,16 +257,11 @@ _TO_MM_RESIDUAL = partial(_mmdet3d_voxel, rename=names.mmdet3d_residual)
 
 
 def _use(function: Callable[[PointJob, str], list[str]], network: str) -> Callable[[PointJob], list[str]]:
-    return partial(function, network=network)
+    return lambda job: function(job, network)
 
 
 def _openpcdet_network(encoder: str, name: str, convert: Callable[[PointJob], Converted] = _PLAIN) -> PointNetwork:
-    peer = _openpcdet_peer
-    if name == "UNetV2":
-
-        def peer(job: PointJob) -> nn.Module:
-            return voxel.add_unet_decoder(_openpcdet_peer(job), job.layout)
-
+    peer = _unet_v2_peer if name == "UNetV2" else _openpcdet_peer
     has_bias = encoder == "voxel_res_backbone8x"
     return PointNetwork(encoder, "backbone_3d.", _SPCONV, "zyx", convert, peer, _use(_use_openpcdet, name), has_bias)
 

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from simipu3d.contracts.batch import PointView
+from simipu3d.encoders.pointnet2 import PointNet2MSG
 from simipu3d.encoders.sparse import SparseTensor
+from simipu3d.encoders.sparse_unet import SparseUNet
+from simipu3d.encoders.voxel_backbone import VoxelBackbone8x, VoxelResBackbone8x
 from simipu3d.export.image.verify import TOLERANCE, ExportError, largest_difference
-from simipu3d.export.peers.sparse import Grid, PeerTensor
+from simipu3d.export.peers.sparse import Grid, PeerTensor, triple
 from simipu3d.export.points.convert import Converted, PointJob
 from simipu3d.ops.backend import offsets_from_batch_index
 from simipu3d.weights.files import some_names
@@ -63,8 +66,8 @@ def random_voxels() -> SparseTensor:
         near = torch.randperm(num_cells // 3, generator=generator)[:count].sort().values
         z, y, x = near // (SHAPE[1] * SHAPE[2]), near // SHAPE[2] % SHAPE[1], near % SHAPE[2]
         cells.append(torch.stack([torch.full_like(z, scene), z + SHAPE[0] // 2 * scene, y, x], dim=1))
-    cells = torch.cat(cells)
-    return SparseTensor(torch.zeros(len(cells), 0), cells, SHAPE, 2)
+    voxel_bzyx = torch.cat(cells)
+    return SparseTensor(torch.zeros(len(voxel_bzyx), 0), voxel_bzyx, SHAPE, 2)
 
 
 def voxel_columns(job: PointJob, x: SparseTensor) -> Tensor:
@@ -99,7 +102,7 @@ def to_peer(x: SparseTensor, features: Tensor, axes: str) -> PeerTensor:
     if axes == "xyz":
         cells, shape = cells[:, [0, 3, 2, 1]], shape[::-1]
     order = _rising(cells)
-    return PeerTensor(features.index_select(0, order), Grid(cells.index_select(0, order), shape, x.batch_size))
+    return PeerTensor(features.index_select(0, order), Grid(cells.index_select(0, order), triple(shape), x.batch_size))
 
 
 def _rising(cells: Tensor) -> Tensor:
@@ -128,6 +131,7 @@ def compare_sparse(wanted: Iterable[SparseTensor], given: Iterable[PeerTensor], 
 def check_voxel(job: PointJob, converted: Converted, peer: nn.Module, axes: str) -> dict[str, Any]:
     """Every layer of a voxel encoder, and its bird's-eye-view map where the run has one."""
     encoder, x = job.encoder, random_voxels()
+    assert isinstance(encoder, VoxelBackbone8x | VoxelResBackbone8x)
     own, given = target_columns(job, voxel_columns(job, x), 0)
     layers = [encoder.conv_input, *encoder.conv1, *encoder.conv2, *encoder.conv3, *encoder.conv4]
     layers += [] if encoder.conv_out is None else [encoder.conv_out]
@@ -142,6 +146,8 @@ def check_voxel(job: PointJob, converted: Converted, peer: nn.Module, axes: str)
 def check_unet(job: PointJob, converted: Converted, peer: nn.Module, axes: str) -> dict[str, Any]:
     """Stem, stages down, stages up and last layer of a sparse U-Net, as far as the file goes."""
     encoder, depth = job.encoder, converted.depth
+    assert isinstance(encoder, SparseUNet)
+    assert depth is not None
     x = random_voxels()
     # The grid of SR-UNet is a multiple of 16; cells in it lie where they lie.
     x = SparseTensor(x.features, x.voxel_bzyx, tuple(-(-size // 16) * 16 for size in SHAPE), 2)
@@ -154,7 +160,7 @@ def check_unet(job: PointJob, converted: Converted, peer: nn.Module, axes: str) 
     return _result(worst, f"{count} outputs of {len(x)} voxels in two scenes on a {SHAPE} grid")
 
 
-def _unet_outputs(encoder: nn.Module, x: SparseTensor, depth: int) -> list[SparseTensor]:
+def _unet_outputs(encoder: SparseUNet, x: SparseTensor, depth: int) -> list[SparseTensor]:
     levels = encoder.encode(x)
     if depth < 10:
         return levels[:depth]
@@ -174,6 +180,7 @@ def _unet_outputs(encoder: nn.Module, x: SparseTensor, depth: int) -> list[Spars
 def check_pointnet(job: PointJob, converted: Converted, peer: nn.Module, axes: str) -> dict[str, Any]:
     """Every set abstraction layer, on two clouds; centres are those that the run's samplers choose."""
     encoder = job.encoder
+    assert isinstance(encoder, PointNet2MSG)
     num = job.config.abstractions[0].num_points * 5 // 4 + 37
     generator = torch.Generator().manual_seed(24)
     # On a grid of 1/256 m squared distances are exact, so that both sides agree on who is inside a shell.
@@ -189,7 +196,7 @@ def check_pointnet(job: PointJob, converted: Converted, peer: nn.Module, axes: s
     return _result(worst, f"{len(features)} layers on two clouds of {num} points, centres as the run chose them")
 
 
-def _pointnet_outputs(encoder: nn.Module, view: PointView) -> tuple[list[Tensor], list[Tensor]]:
+def _pointnet_outputs(encoder: PointNet2MSG, view: PointView) -> tuple[list[Tensor], list[Tensor]]:
     """Features of every layer, and its centres' rows (B, M) in their scene."""
     xyz, features = view.points[:, :3], view.points[:, 3:]
     offsets = offsets_from_batch_index(view.batch_index, view.num_frames).cpu()

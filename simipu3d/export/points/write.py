@@ -22,6 +22,7 @@ from simipu3d.export.metadata import describe_run, tensor_hash
 from simipu3d.export.points import verify as verify_points
 from simipu3d.export.points.convert import Converted, PointJob
 from simipu3d.export.points.targets import PointNetwork, PointTarget, check_point_target
+from simipu3d.registry import POINT_ENCODERS
 from simipu3d.weights.files import read_torch_file, some_names
 
 _MOST_CHANNELS = 64
@@ -64,21 +65,26 @@ def export_points(
     check_out(out, (".pth", ".pt"), target, overwrite)
     state, run = load_run_checkpoint(ckpt)
     encoder, config, columns = rebuild_point_encoder(ckpt, state, run)
-    name = config.name
+    name = POINT_ENCODERS.name_of(config)
     config = config.as_msg() if isinstance(config, PointNet2SSGConfig) else config
     title, chosen = kind.network_for(name, network, target)
     prefix = chosen.prefix if prefix is None else prefix
     kind.check_prefix(prefix)
-    settings = {
-        "layout": _layout(chosen, layout, title),
-        "channels": _channels(config, columns, channels),
-        "intensity_scale": _intensity_scale(name, columns, intensity_scale),
-        "bias": _bias(chosen, bias, title),
-        "partial": partial,
-    }
+    job = PointJob(
+        out,
+        prefix,
+        encoder,
+        config,
+        name,
+        columns,
+        layout=_layout(chosen, layout, title),
+        channels=_channels(config, columns, channels),
+        intensity_scale=_intensity_scale(name, columns, intensity_scale),
+        bias=_bias(chosen, bias, title),
+        partial=partial,
+    )
     if partial and target != "pointcept":
         raise UserError(f"--partial: {target} takes the whole encoder; leave it out")
-    job = PointJob(out, prefix, encoder, config, name, columns, **settings)
     with torch.no_grad():
         return _export(job, target, kind, (title, chosen), (ckpt, state, run))
 

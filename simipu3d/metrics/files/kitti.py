@@ -6,6 +6,7 @@ rectified camera frame, rotation_y, and in results a score.
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,14 @@ from simipu3d.metrics.kitti import (
 
 CLASSES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc", "DontCare")
 NUM_COLUMNS = 15
-WIDTHS = {"truncation": 0, "occlusion": 1, "alpha": 2, "image_box": (3, 7), "size": (7, 10), "bottom_center": (10, 13)}
+WIDTHS: dict[str, int | tuple[int, int]] = {
+    "truncation": 0,
+    "occlusion": 1,
+    "alpha": 2,
+    "image_box": (3, 7),
+    "size": (7, 10),
+    "bottom_center": (10, 13),
+}
 METRICS = {"2d": "2D box", "aos": "orientation", "bev": "bird's eye view", "3d": "3D box"}
 
 
@@ -42,7 +50,8 @@ def score(truth: Path, predictions: Path, frames: Path | None = None) -> Scores:
     names = same_frames(truth, predictions, ".txt", frames)
     labels = read_folder(truth, needs_score=False, names=names)
     found = read_folder(predictions, needs_score=True, names=names)
-    tables, values = [], {"frames": len(names)}
+    tables: list[Table] = []
+    values: dict[str, Any] = {"frames": len(names)}
     for title, key, thresholds in (("strict", "strict", STRICT), ("loose", "loose", LOOSE)):
         cells = kitti_ap(list(labels.values()), list(found.values()), thresholds)
         tables.append(_table(f"KITTI AP, {title} overlaps, {len(names)} frames", cells, thresholds))
