@@ -42,7 +42,7 @@ depth: {{channels: [32, 32, 64, 96, 128], mean_weight: 1.0, flip_test: false}}
 optim: {{image: {{lr: 2e-3}}, head: {{lr: 2e-3}}}}
 schedule: {{name: cosine, warmup_steps: 10}}
 validate: {{data: {{batch_size: 2}}, metric: abs_rel}}
-trainer: {{max_epochs: 300, check_val_every_n_epoch: 50, gradient_clip_val: 35.0}}
+trainer: {{max_epochs: 500, check_val_every_n_epoch: 100, gradient_clip_val: 35.0}}
 run: {{keep_every_epochs: null}}
 """
 

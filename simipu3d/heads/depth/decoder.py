@@ -1,6 +1,6 @@
 """How do feature maps become one map of depth logits?
 
-Convolutions have a bias and no norm. Maps come finest first. Shapes: I images.
+Maps come finest first. Shapes: I images.
 """
 
 from collections.abc import Sequence
@@ -19,17 +19,18 @@ def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class UpBlock(nn.Module):
-    """A coarse map, enlarged, joined with the next finer one: two 3x3 convolutions with ReLU."""
+    """A coarse map, enlarged, joined with the next finer one: two 3x3 convolutions with ReLU, and BatchNorm between if asked."""
 
-    def __init__(self, coarse: int, fine: int, out: int):
+    def __init__(self, coarse: int, fine: int, out: int, *, norm: bool = False):
         super().__init__()
-        self.first = nn.Conv2d(coarse + fine, out, 3, padding=1)
-        self.second = nn.Conv2d(out, out, 3, padding=1)
+        self.first = nn.Conv2d(coarse + fine, out, 3, padding=1, bias=not norm)
+        self.second = nn.Conv2d(out, out, 3, padding=1, bias=not norm)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(out) if norm else nn.Identity() for _ in range(2))
 
     def forward(self, coarse: Tensor, fine: Tensor) -> Tensor:
         """(I, out, Hf, Wf) at the size of the finer map."""
         joined = torch.cat([enlarge(coarse, (fine.shape[-2], fine.shape[-1])), fine], dim=1)
-        return self.second(self.first(joined).relu()).relu()
+        return self.norms[1](self.second(self.norms[0](self.first(joined)).relu())).relu()
 
 
 class DenseDecoder(nn.Module):
@@ -38,12 +39,14 @@ class DenseDecoder(nn.Module):
     Args:
         levels: of the encoder, finest first.
         channels: of the decoder at each level; None: see `depth.channels`.
+        norm: BatchNorm behind the convolutions of the way up.
 
     Source: Alhashim & Wonka, arXiv:1812.11941; layer by layer as DenseDepthHead of
-    zhyever/Monocular-Depth-Estimation-Toolbox, without norms, with ReLU and Kaiming's initialisation (arXiv:1502.01852).
+    zhyever/Monocular-Depth-Estimation-Toolbox, with ReLU and, but for `norm`, without norms.
+    Initialisation: Kaiming's (arXiv:1502.01852).
     """
 
-    def __init__(self, levels: Sequence[Level], channels: tuple[int, ...] | None):
+    def __init__(self, levels: Sequence[Level], channels: tuple[int, ...] | None, *, norm: bool = False):
         super().__init__()
         own = default_channels(levels) if channels is None else channels
         if len(own) != len(levels):
@@ -53,13 +56,13 @@ class DenseDecoder(nn.Module):
             )
         self.bottom = nn.Conv2d(levels[-1].channels, own[-1], 1)
         steps = range(len(levels) - 2, -1, -1)
-        self.up = nn.ModuleList(UpBlock(own[step + 1], levels[step].channels, own[step]) for step in steps)
+        self.up = nn.ModuleList(UpBlock(own[step + 1], levels[step].channels, own[step], norm=norm) for step in steps)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 # Nine layers without a norm: torch's own initialisation would let the signal fade by 0.4 a layer.
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                assert module.bias is not None
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    module.bias.data.zero_()
         self.logit = nn.Conv2d(own[0], 1, 3, padding=1)
 
     def forward(self, maps: Sequence[FeatureMap]) -> Tensor:

@@ -46,7 +46,8 @@ class Depth(Method):
         self.image_encoder = ImageEncoder(config.image_encoder)
         levels = self.image_encoder.maps
         own = config.depth
-        self.decoder = LinearDecoder(levels) if own.decoder == "linear" else DenseDecoder(levels, own.channels)
+        dense = own.decoder == "dense"
+        self.decoder = DenseDecoder(levels, own.channels, norm=own.norm == "batch") if dense else LinearDecoder(levels)
         self._warming_up = False
 
     def branches(self) -> dict[str, nn.Module]:
@@ -114,24 +115,28 @@ class Depth(Method):
     def predict_depth(self, view: ImageView) -> list[Tensor]:
         """(h, w) metres for each image at its own size, inside the range, with `flip_test` averaged over both mirrorings.
 
-        Images of one size run together and without padding, so that no prediction depends on the others of the batch.
+        Images of one size run together, padded as a batch of theirs alone would be: no prediction depends on the others of the
+        batch, and each is what training saw.
         """
-        own = self.config.depth
         found: dict[int, Tensor] = {}
-        for size in view.image_size.unique(dim=0).tolist():
-            mine = (view.image_size == view.image_size.new_tensor(size)).all(dim=1).nonzero()[:, 0]
-            images = view.images[mine, :, : size[0], : size[1]]
+        for height, width in view.image_size.unique(dim=0).tolist():
+            mine = (view.image_size == view.image_size.new_tensor([height, width])).all(dim=1).nonzero()[:, 0]
+            padded = view.own_padded_size[mine[0]].tolist()
+            images = view.images[mine, :, : padded[0], : padded[1]]
             depth = self._limited(images, view.image_size[mine])
-            if own.flip_test:
-                depth = (depth + self._limited(images.flip(-1), view.image_size[mine]).flip(-1)) / 2
+            if self.config.depth.flip_test:
+                mirrored = images.clone()
+                mirrored[..., :width] = images[..., :width].flip(-1)
+                depth = (depth + self._limited(mirrored, view.image_size[mine]).flip(-1)) / 2
             found |= dict(zip(mine.tolist(), depth.cpu(), strict=True))
         return [found[index] for index in range(len(found))]
 
     def _limited(self, images: Tensor, image_size: Tensor) -> Tensor:
-        """Limited at the decoder's resolution, as published, then enlarged."""
+        """(I, h, w) of images of one size: limited at the decoder's resolution, as published, then enlarged."""
         own = self.config.depth
         depth = self.depth_of(images, image_size).clamp(own.min_depth, own.max_depth)
-        return self._at_pixels(depth, (images.shape[-2], images.shape[-1]))
+        height, width = image_size[0].tolist()
+        return self._at_pixels(depth, (images.shape[-2], images.shape[-1]))[:, :height, :width]
 
     def predict(self, batch: Batch) -> list[dict[str, Any]]:
         """A record a frame: `frame_id`, and for each of its `cameras` the image, predicted `depth` and `truth`, all (h, w) of
