@@ -220,7 +220,7 @@ def test_a_folder_that_holds_a_run_is_refused(whole, cfg, capsys):
         ("point_encoder.name=pointnet", "point_encoder.name: no point encoder is called 'pointnet'"),
         ("matching.assignment=hungry", "matching.assignment: no assignment is called 'hungry'"),
         ("image_encoder.name=resnet51", "resnet51"),
-        ("method=simsiam", "no method is called 'simsiam'; there are simipu"),
+        ("method=simsiam", "no method is called 'simsiam'; there are depth, simipu"),
         ("data.batch_size=10", "data.batch_size"),
         ("trainer.accelerator=gpu", "no GPU"),
         ("nonsense", "expected key=value"),

@@ -212,7 +212,8 @@ def read_image_size(path: Path) -> tuple[int, int]:
     try:
         check_plain_file(path)
         with path.open("rb") as file, _opened(file, str(path)) as image:
-            turned = image.getexif().get(ORIENTATION) in SIDEWAYS
+            # Pillow's PNG decodes the whole picture to look for the tag behind it; the header has it before.
+            turned = Image.Image.getexif(image).get(ORIENTATION) in SIDEWAYS
             return (image.width, image.height) if turned else (image.height, image.width)
     except FileNotFoundError:
         raise BadFrameError(f"{path}: no such file; {WAY_OUT}") from None

@@ -101,10 +101,11 @@ def encode_frame(frame: Frame, config: PrepareConfig) -> list[tuple[str, bytes]]
     images = [_encode_image(camera, config) for camera in frame.cameras]
     files = [f"{stem}.{suffix}" for stem, (suffix, _) in zip(stems, images, strict=True)]
     try:
-        members = [("json", _json(_describe(frame, files))), *_encode_points(frame, config)]
+        members = [("json", _json(_describe(frame, files)))]
         boxes = [] if frame.boxes is None else [("boxes.json", _json(_describe_boxes(frame.boxes)))]
     except ValueError as error:
         raise BadFrameError(f"frame {frame.frame_id}: its calibration or boxes hold an infinite number") from error
+    members += _encode_points(frame, config)
     members += [(file, content) for file, (_, content) in zip(files, images, strict=True)]
     members += boxes
     truth = {
