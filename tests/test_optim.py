@@ -204,3 +204,28 @@ def test_rates_follow_the_frames_of_a_step(rule, factor):
     assert rates == pytest.approx({"points": 0.25 * factor, "image": 0.03 * factor, "heads": 0.03 * factor})
     as_written = {g["branch"]: g["lr"] for g in build_optimizer(branches(), config).param_groups}
     assert as_written == {"points": 0.25, "image": 0.03, "heads": 0.03}
+
+
+@pytest.mark.parametrize(
+    ("block", "peer"),
+    [
+        ({"name": "exponential", "gamma": 0.97}, lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.97)),
+        (
+            {"name": "milestones", "milestones": [3, 7, 20], "gamma": 0.3},
+            lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [3, 7, 20], 0.3),
+        ),
+    ],
+    ids=["exponential", "milestones"],
+)
+def test_rates_an_epoch_are_torchs_to_the_last_bit(block, peer):
+    """A function of the count that multiplies as torch's chained schedulers do, so that old runs repeat."""
+    ours, theirs = (torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.03) for _ in range(2))
+    config = parse_part("schedule", SCHEDULES, block)
+    schedule, interval = SCHEDULES.of(config).target(ours, config, 1000)
+    chained = peer(theirs)
+    assert interval == "epoch"
+    for _ in range(60):
+        assert ours.param_groups[0]["lr"] == theirs.param_groups[0]["lr"]
+        for optimizer, each in ((ours, schedule), (theirs, chained)):
+            optimizer.step()
+            each.step()

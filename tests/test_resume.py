@@ -120,7 +120,7 @@ def test_a_curve_is_a_function_of_the_count():
     """Loaded at any count, with any state of the optimizer, it gives what stepping there gives."""
     for interval in ("step", "epoch"):
         optimizers = [torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1) for _ in range(2)]
-        one, other = (Curve(optimizer, lambda n: 0.5**n, interval) for optimizer in optimizers)
+        one, other = (Curve(optimizer, lambda base, n: base * 0.5**n, interval) for optimizer in optimizers)
         for _ in range(3):
             optimizers[0].step()
             one.step()
