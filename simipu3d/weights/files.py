@@ -231,14 +231,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         what = "holds more than tensors and plain values" if objects else f"cut or foreign, {type(error).__name__}"
         raise UserError(f"{path}: damaged, or not a checkpoint ({what}); {way_out}") from error
     own = checkpoint.get("simipu3d") if isinstance(checkpoint, dict) else None
-    if (
-        not isinstance(own, dict)
-        or RUN_KEYS - own.keys()
-        or not isinstance(own["config"], dict)
-        or not isinstance(checkpoint.get("state_dict"), dict)
-    ):
+    if not isinstance(own, dict) or RUN_KEYS - own.keys() or not isinstance(checkpoint.get("state_dict"), dict):
         raise UserError(
             f"{path}: not a checkpoint of simipu3d pretrain; weights of other origin go to --init or image_encoder.pretrained"
         )
+    if not isinstance(own["config"], dict):
+        raise UserError(f"{path}: simipu3d.config: no block of keys; the file was changed; {way_out}")
     own["config"] = upgrade(own["config"])
     return checkpoint
