@@ -104,6 +104,15 @@ def test_a_custom_rig_comes_back_as_it_was(tmp_path):
     assert all(camera.encoded and camera.timestamp is not None for frame in frames for camera in frame.cameras)
 
 
+def motion(rng: np.random.Generator, metres: float) -> np.ndarray:
+    """A random rigid transform, about `metres` far."""
+    turn, _ = np.linalg.qr(rng.normal(size=(3, 3)))
+    matrix = np.eye(4)
+    matrix[:3, :3] = turn * np.sign(np.linalg.det(turn))
+    matrix[:3, 3] = rng.normal(size=3) * metres
+    return matrix
+
+
 def full_frame(seed: int):
     """Every optional field is there, with what JSON finds hard."""
     rng = np.random.default_rng(seed)
@@ -131,8 +140,8 @@ def full_frame(seed: int):
         frame,
         cameras=(camera, replace(camera, name="points", distortion=None)),
         boxes=boxes,
-        world_from_lidar=rng.normal(size=(4, 4)) * 1e6,
-        native_from_lidar=rng.normal(size=(4, 4)),
+        world_from_lidar=motion(rng, 1e6),
+        native_from_lidar=motion(rng, 1.0),
         timestamp=1533151603.5479123 + seed,
         intensity_scale=255.0,
         sequence_id="a/b.c",
