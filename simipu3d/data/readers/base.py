@@ -7,7 +7,7 @@ measured nothing and what nobody asked for.
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,6 +91,9 @@ class BaseReader(FrameReader):
     complete: tuple[str, ...] | None = None
     """What `data.split_file` may list so that every file is there: names of sequences, or of frames; None where the reader does
     not look for files before it reads them."""
+
+    config: Any
+    """Each reader's own model; that of a reader which cuts scans derives from `ScanConfig`."""
 
     def __init__(self, config: DataConfig, wants: Wants = EVERYTHING):
         self.config, self.wants = config, wants

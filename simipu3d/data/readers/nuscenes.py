@@ -112,7 +112,7 @@ class NuScenesReader(BaseReader):
     def __getitem__(self, index: int) -> Frame:
         frames, lidar = self.frames, int(self.frames.lidar[index])
         world_from_lidar = frames.world_from_sensor(lidar) @ NATIVE_FROM_LIDAR
-        lidar_from_world = np.linalg.inv(world_from_lidar)
+        lidar_from_world: NDArray[np.float64] = np.linalg.inv(world_from_lidar)
         cameras = tuple(
             self._camera(name, int(record), world_from_lidar)
             for name, record in zip(self.cameras, frames.cameras[index], strict=False)  # no records: none are needed
@@ -186,7 +186,8 @@ class NuScenesReader(BaseReader):
         return np.column_stack([xyz.astype(np.float32), *(columns[name] for name in self.config.features)])
 
     def _too_near(self, xyz: NDArray[np.float32]) -> NDArray[np.bool_]:
-        return (np.abs(xyz[:, :2]) < self.config.min_distance).all(axis=1)
+        near: NDArray[np.bool_] = np.abs(xyz[:, :2]) < self.config.min_distance
+        return np.logical_and.reduce(near, axis=1)
 
     def _records(self) -> Iterator[list[int]]:
         """The records whose files are read, frame after frame."""

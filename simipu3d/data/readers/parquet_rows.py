@@ -107,7 +107,9 @@ class ParquetRows:
             raise BadFrameError(
                 f"{self.path}: has no column {', '.join(absent)}; is it a component of Waymo's format v2? {WAY_OUT}"
             )
-        for name in columns if self.kind_of is not None else ():
+        if self.kind_of is None:
+            return
+        for name in columns:
             found, kind = schema.types[schema.get_field_index(name)], self.kind_of(name)
             if schema.get_field_index(name) < 0 or not _is_of(kind, found):
                 raise BadFrameError(f"{self.path}: column {name} is of type {found}, expected {kind}; {WAY_OUT}")

@@ -194,7 +194,11 @@ def _plain(array: NDArray | None) -> list | None:
         return None
     array = np.asarray(array)
     unknown = np.isnan(array) if array.dtype.kind == "f" else np.zeros(array.shape, dtype=np.bool_)
-    return np.where(unknown, None, array.astype(object)).tolist() if unknown.any() else array.tolist()
+    if not unknown.any():
+        return array.tolist()
+    values = array.astype(object)
+    values[unknown] = None
+    return values.tolist()
 
 
 def decode_frame(
@@ -234,7 +238,7 @@ def decode_frame(
             sequence_id=about["sequence_id"],
             timestamp=about["timestamp"],
             world_from_lidar=_rigid(about["world_from_lidar"], f"{source}: world_from_lidar"),
-            native_from_lidar=_rigid(about["native_from_lidar"], f"{source}: native_from_lidar"),
+            native_from_lidar=_needed(_rigid(about["native_from_lidar"], f"{source}: native_from_lidar"), source),
             intensity_scale=about["intensity_scale"],
             boxes=_boxes(boxes) if boxes is not None and "boxes" in wants.truth else None,
             **{kind: arrays[kind] for kind in POINT_TRUTH if kind in arrays},
@@ -265,10 +269,10 @@ def _check_frame(frame: Frame) -> None:
             values = getattr(camera, kind)
             if values is not None and values.shape != camera.image.shape[:2]:
                 raise ValueError(f"{kind} of {camera.name} is {values.shape}, its image {camera.image.shape[:2]}")
-    for kind in POINT_TRUTH:
-        values = getattr(frame, kind)
+    for point_kind in POINT_TRUTH:
+        values = getattr(frame, point_kind)
         if values is not None and (values.shape != (len(points),) or values.dtype.kind not in "iu"):
-            raise ValueError(f"{kind} is {values.dtype} {values.shape}, and there are {len(points)} points")
+            raise ValueError(f"{point_kind} is {values.dtype} {values.shape}, and there are {len(points)} points")
 
 
 def _points(arrays: dict[str, NDArray]) -> NDArray[np.float32]:
@@ -287,8 +291,8 @@ def _camera(about: dict[str, Any], members: dict[str, bytes], arrays: dict[str, 
     return Camera(
         name=about["name"],
         image=unread_image(size, place) if encoded is None else decode_image(encoded, place),
-        image_from_camera=_matrix(about["image_from_camera"], (3, 4)),
-        camera_from_lidar=_rigid(about["camera_from_lidar"], f"{place}: camera_from_lidar"),
+        image_from_camera=_needed(_matrix(about["image_from_camera"], (3, 4)), place),
+        camera_from_lidar=_needed(_rigid(about["camera_from_lidar"], f"{place}: camera_from_lidar"), place),
         distortion=distortion,
         timestamp=about["timestamp"],
         encoded=encoded,
@@ -304,6 +308,12 @@ def _rigid(values: list | None, what: str) -> NDArray[np.float64] | None:
     matrix = _matrix(values, (4, 4))
     if matrix is not None and (wrong := check_rigid(matrix)):
         raise BadFrameError(f"{what} {wrong}")
+    return matrix
+
+
+def _needed(matrix: NDArray[np.float64] | None, what: str) -> NDArray[np.float64]:
+    if matrix is None:
+        raise BadFrameError(f"{what}: lacks a matrix that every frame has; write the shards again")
     return matrix
 
 
