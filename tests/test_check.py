@@ -1,4 +1,4 @@
-"""`inspect_data --check`: every problem put into a data set is told, and sound data has none."""
+"""`inspect_data --check`: every problem put into a data set is reported, and sound data has none."""
 
 from dataclasses import replace
 

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--suite", required=True, choices=sorted(SUITES), help="what to compare")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows and the environment there too")
     parser.add_argument(
-        "--samples", type=Path, metavar="DIR", help="folder of real samples; without it made data is used"
+        "--samples", type=Path, metavar="DIR", help="folder of real samples; without it synthetic data is used"
     )
     parser.add_argument("--quick", action="store_true", help="smaller sizes and fewer repeats: does it run at all?")
     return run(parser, body, argv)

@@ -127,7 +127,7 @@ def time_cases(cases: list[Case], rounds: int, frames: int, soak: int) -> list[d
 
 
 def measure(samples: Path | None, quick: bool) -> list[dict[str, Any]]:
-    """All rows: made data always, the real samples where there are some.
+    """All rows: synthetic data always, the real samples where there are some.
 
     Args:
         samples: folder with kitti/ and nuscenes/ in their official layouts, or None.

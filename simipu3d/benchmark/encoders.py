@@ -49,7 +49,7 @@ def measure(samples: Path | None, quick: bool) -> list[dict[str, Any]]:
     """Rows of the table, by number of points, then by encoder.
 
     Args:
-        samples: folder with kitti/training/velodyne; None: a made street.
+        samples: folder with kitti/training/velodyne; None: a synthetic street.
         quick: one small size, one repeat.
 
     Raises:

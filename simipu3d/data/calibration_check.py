@@ -299,7 +299,7 @@ def _off(found: Direction, tolerance: float) -> bool:
 
 def _message(verdict: Verdict, directions: Sequence[Direction | None], limits: Sequence[float], num_frames: int) -> str:
     """The verdict in words; `limits` are the tolerances in pixels."""
-    told = [
+    words = [
         f"{abs(found.offset):.1f} +- {found.error:.1f} px {words[int(found.offset > 0)]} ({found.offset_deg:+.2f} degrees)"
         for found, limit, words in zip(directions, limits, (("left", "right"), ("up", "down")), strict=True)
         if found is not None and (verdict != "seems off" or (found.num_frames >= FEWEST_FRAMES and _off(found, limit)))
@@ -307,7 +307,7 @@ def _message(verdict: Verdict, directions: Sequence[Direction | None], limits: S
     if verdict == "seems off":
         return (
             f"the calibration seems off by the pictures of {num_frames} frames: the projected points should move "
-            f"{' and '.join(told)}"
+            f"{' and '.join(words)}"
         )
     if verdict == "does not fit":
         return (
@@ -315,7 +315,7 @@ def _message(verdict: Verdict, directions: Sequence[Direction | None], limits: S
             "moments, or is the calibration another camera's?"
         )
     if verdict == "agrees":
-        return f"points and pictures of {num_frames} frames agree: best {' and '.join(told)}"
+        return f"points and pictures of {num_frames} frames agree: best {' and '.join(words)}"
     known = max([found.num_frames for found in directions if found is not None], default=0)
     why = "no clear peak" if known >= FEWEST_FRAMES else f"{known} frames with depth edges, {FEWEST_FRAMES} are needed"
     return f"not enough evidence about the calibration ({why})"

@@ -109,7 +109,7 @@ class _Checked(Dataset[FrameCheck]):
 
 
 def as_on_disk(config: DataConfig) -> DataConfig:
-    """The same data set with nothing kept back: no filter hides points, and frames that lack a file are told one by one,
+    """The same data set with nothing kept back: no filter hides points, and frames that lack a file are reported one by one,
     however many they are."""
     changes: dict[str, Any] = {"max_bad_fraction": 1.0}
     changes |= {key: value for key, value in UNFILTERED.items() if key in type(config).model_fields}

@@ -162,7 +162,7 @@ class DataConfig(PartConfig):
     name: str
     """Which reader (`READERS`)."""
     root: Path | None = None
-    """The data set's top folder; null for data that is made, not read."""
+    """The data set's top folder; null for synthetic data."""
     split: str = "train"
     """Which list of frames; the reader says which there are."""
     cameras: tuple[str, ...] | None = None

@@ -77,7 +77,7 @@ class SparseUNetConfig(PartConfig):
     in_channels: PositiveInt = 3
     """Input features of a voxel. Default: PointContrast's, so that colours fit in later."""
     point_feature: Literal["ones", "intensity", "offset"] = "ones"
-    """What a voxel is told: `ones`, a constant; `intensity`, the mean of its points' (both the same in all
+    """The input of a voxel: `ones`, a constant; `intensity`, the mean of its points' (both the same in all
     `in_channels`); `offset`, its points' mean offset from its centre along x, y, z, in voxels (3 channels). Default:
     PointContrast's."""
     voxel_size: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.1, 0.1, 0.1)

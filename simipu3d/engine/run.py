@@ -2,7 +2,7 @@
 
 config.yaml            resolved configuration
 environment.json       versions, device, git commit, command line (one entry a start)
-init.txt               with --init: every tensor that was used, left as drawn, or not used
+init.txt               with --init: every tensor that was used, kept at its random initialisation, or not used
 metrics.csv            a row a logging step; on resume, later rows are cut
 tensorboard/           the same, and pictures
 checkpoints/last.ckpt  and the kept ones; written whole or not at all; read with weights_only

@@ -167,7 +167,7 @@ def write_checked(
         raise UserError(f"--out {out}: cannot be written ({error})") from error
     finally:
         for path in (partial, *partials.values()):
-            with contextlib.suppress(OSError):  # a name that is too long, a disk that went away: told above
+            with contextlib.suppress(OSError):  # a name that is too long, a disk that went away: reported above
                 remove(path)
     return sidecars.get(".json", out / "metadata.json")
 

@@ -1,4 +1,4 @@
-"""The embedded data set: street scenes that are made from a seed, with exact ground truth."""
+"""The embedded data set: street scenes that are generated from a seed, with exact ground truth."""
 
 from simipu3d.data.drive_world.dataset import DriveWorld, DriveWorldConfig
 

@@ -1,7 +1,7 @@
-"""Where do made frames stay, so that they are made once?
+"""Where do generated frames stay, so that each is generated once?
 
 A frame is one uncompressed .npz without pickle, `<folder>/<key>/<split>/<index>.npz`; the key is a hash of everything
-that the frame depends on. A file appears whole or not at all. One that cannot be read is made again.
+that the frame depends on. A file appears whole or not at all. One that cannot be read is generated again.
 """
 
 import hashlib
@@ -44,7 +44,9 @@ def read_arrays(path: Path, names: list[str]) -> dict[str, NDArray] | None:
     except FileNotFoundError:
         return None
     except _DAMAGE as error:
-        log.warning("%s: the cached frame is damaged (%s: %s) and is made again", path, type(error).__name__, error)
+        log.warning(
+            "%s: the cached frame is damaged (%s: %s) and is generated again", path, type(error).__name__, error
+        )
         return None
 
 

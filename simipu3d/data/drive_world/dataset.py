@@ -1,4 +1,4 @@
-"""How does the made world become a data set like any other?
+"""How does the synthetic world become a data set like any other?
 
 `DriveWorld` is a `FrameReader`. A frame is a function of (seed, split, index) and of the settings alone: sequence =
 index // frames_per_sequence is one street, the frames of a sequence are `frame_interval` seconds apart. Splits share no
@@ -34,7 +34,7 @@ Edge = Annotated[int, Field(ge=8, le=4096)]
 
 
 class DriveWorldConfig(ScanConfig):
-    """The `data:` block of the made street world.
+    """The `data:` block of the synthetic street world.
 
     The defaults are small pictures for a CPU. KITTI's proportions: `image_size: [375, 1242]`, `azimuth_range_deg: 360`,
     `azimuth_step_deg: 0.18`, `elevation_range_deg: [-24.8, 2.0]`, `max_range: 100`.
@@ -43,11 +43,11 @@ class DriveWorldConfig(ScanConfig):
     name: str = "drive_world"
     """Which reader (`READERS`)."""
     root: Path | None = None
-    """The folder that keeps made frames; null: simipu3d in the user's cache folder ($XDG_CACHE_HOME or ~/.cache)."""
+    """The folder that keeps generated frames; null: simipu3d in the user's cache folder ($XDG_CACHE_HOME or ~/.cache)."""
     split: Literal["train", "val", "test"] = "train"
     """Which streets; no two splits share one."""
     cache: bool = True
-    """Keep made frames on disk (0.4 MB each at the default size)? Default: making takes 20 times as long as reading."""
+    """Keep generated frames on disk (0.4 MB each at the default size)? Default: generating takes 20 times as long as reading."""
     seed: NonNegativeInt = 0
     """Which world: another seed has other streets throughout."""
     num_frames: PositiveInt = 400
@@ -117,7 +117,7 @@ class DriveWorldConfig(ScanConfig):
 
 @READERS.register("drive_world", config=DriveWorldConfig)
 class DriveWorld(BaseReader):
-    """Street scenes made from a seed, with depth, classes, instances and boxes. Contract: `FrameReader`.
+    """Street scenes generated from a seed, with depth, classes, instances and boxes. Contract: `FrameReader`.
 
     Boxes are those of the actors (Car, Van, Pedestrian, Cyclist) that the lidar met at least once; they are tight, and
     `num_points` counts the returns of the object itself (range noise carries some of them out of the box). `velocity`
@@ -143,7 +143,7 @@ class DriveWorld(BaseReader):
         return self.config.num_frames
 
     def __getitem__(self, index: int) -> Frame:
-        """Frame `index`, from the cache or made now.
+        """Frame `index`, from the cache or generated now.
 
         Raises:
             IndexError: there is no such frame.

@@ -1,6 +1,6 @@
 """How are the rows of a nuScenes table read, one after the other, without holding the table?
 
-A table is a JSON list of objects, of up to two gigabytes. What is wrong with one is told in one line: file, row, column.
+A table is a JSON list of objects, of up to two gigabytes. What is wrong with one is reported in one line: file, row, column.
 """
 
 import json

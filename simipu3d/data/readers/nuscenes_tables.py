@@ -2,7 +2,7 @@
 
 A release is a folder of JSON tables whose rows name each other by tokens. v1.0-trainval has 2.6 million rows each in
 sample_data and ego_pose; they are read row after row, and only those of the chosen scenes and sensors stay, as arrays
-(which worker processes share). Rows that do not fit together are told at once, with the file and the token.
+(which worker processes share). Rows that do not fit together are reported at once, with the file and the token.
 
 Poses and calibrations are a translation (metres) and a quaternion (w, x, y, z): ego_pose is ego to world at a record's
 own time, calibrated_sensor is sensor to ego. Timestamps are integer microseconds. Shapes: F key frames, R records,

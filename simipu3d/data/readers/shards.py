@@ -189,7 +189,7 @@ class ShardsReader(BaseReader):
     def _check_shards(self) -> None:
         """Compare the folder with the manifest once, so that a half-copied set is reported before training starts."""
         wrong = [shard for shard in self.manifest.shards if self.store.size(shard.name) != shard.bytes]
-        # The frames of a lost shard are bad frames like any other, unless they are more than a run would bear anyway.
+        # The frames of a lost shard are bad frames like any other, unless they are more than a run would tolerate.
         if sum(shard.frames for shard in wrong) > self.config.max_bad_frames(len(self)):
             names = ", ".join(shard.name for shard in wrong[:4]) + (", ..." if len(wrong) > 4 else "")
             raise UserError(

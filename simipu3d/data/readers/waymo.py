@@ -287,8 +287,8 @@ def _camera(camera: WaymoCamera, moment: WaymoMoment, pixels: bool) -> Camera:
 
 
 def _folder(config: WaymoConfig) -> Path:
-    """Where the split's files lie. A folder that is absent, or of the other format, is told with what there is; what a
-    source may miss in a folder of its own format it tells itself."""
+    """Where the split's files lie. A folder that is absent, or of the other format, is reported with what there is; what a
+    source misses in a folder of its own format it reports itself."""
     places = {split: config.root / name for split, name in FOLDERS.items()} | {"all": config.root}
     folder = places[config.split]
     own = SIGNS[config.version]

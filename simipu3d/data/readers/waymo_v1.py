@@ -44,7 +44,7 @@ class WaymoV1:
     Args:
         root: the folder of the .tfrecord files.
         segments: context names, in the order wanted, or None for all of them, sorted.
-        request: what `read` reads when it is not told.
+        request: what `read` reads when nothing else is asked for.
 
     Raises:
         UserError: there is no file, a segment has none or two, or a file's records cannot be found.

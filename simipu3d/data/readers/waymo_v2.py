@@ -406,7 +406,7 @@ class WaymoV2:
         return {name: columns[name] for name in columns if name not in self.OPTIONAL or (self.root / name).is_dir()}
 
     def _check_files(self, segments: tuple[str, ...]) -> None:
-        """Compare the segments with the folders once, so that a part of the download is told before training starts."""
+        """Compare the segments with the folders once, so that a part of the download is reported before training starts."""
         for component in self._needed():
             folder = self.root / component
             present = {path.stem for path in listed(folder, "*.parquet")} if folder.is_dir() else set()
