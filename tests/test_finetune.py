@@ -116,7 +116,7 @@ def test_the_input_of_a_checkpoint_is_followed_unless_the_file_says_one(run, tmp
     assert followed_input(CFG, sets, checkpoint) == ["image_encoder.input=caffe_bgr"]
     assert followed_input(CFG, [*sets, "image_encoder.input=imagenet_rgb"], checkpoint) == []
     assert followed_input(CFG, sets, out / "checkpoints" / "last.ckpt") == []
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="simipu3d"):
         tuned = finetune(CFG, [*sets, "trainer.max_epochs=1"], out=tmp_path / "tuned", init=str(checkpoint))
         finetune(CFG, [*sets, "trainer.max_epochs=2"], out=tuned, resume="", init=str(checkpoint))
     assert load_yaml(tuned / "config.yaml")["image_encoder"]["input"] == "caffe_bgr"

@@ -200,7 +200,7 @@ def test_the_text_of_the_manual_trains_validates_and_resumes(tmp_path, monkeypat
         "data.azimuth_step_deg=2.0",
         f"data.root={tmp_path / 'frames'}",
     ]
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="simipu3d"):
         out = pretrain(tmp_path / "one_scan.yaml", small, out=tmp_path / "run")
         pretrain(tmp_path / "one_scan.yaml", [*small, "trainer.max_steps=10"], out=out, resume="")
     assert "points " in caplog.text
